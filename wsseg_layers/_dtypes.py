@@ -1,0 +1,19 @@
+"""In which precision sums, logarithms and divisions are done, and in which they are returned."""
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the inputs' common dtype, but never less than float32."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+
+
+def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the inputs' common dtype, or the working dtype under autocast, as PyTorch's own reductions do."""
+    device = tensors[0].device.type
+    if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return working_dtype(*tensors)
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))

@@ -1,0 +1,10 @@
+"""The layers as functions."""
+
+from .gci import global_cue_injection
+from .ngwp import ngwp_pool
+from .pamr import pamr
+from .par import par
+from .size_penalty import focal_size_penalty
+from .stochastic_gate import stochastic_gate
+
+__all__ = ["focal_size_penalty", "global_cue_injection", "ngwp_pool", "pamr", "par", "stochastic_gate"]

@@ -1,0 +1,92 @@
+"""Normalised global weighted pooling: class scores from pixel scores and masks.
+
+Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, section 3.2.
+"""
+
+from torch import Tensor, nn
+
+from ._checks import check_maps, check_real, check_same_device
+from ._dtypes import result_dtype, working_dtype
+
+
+def ngwp_pool(scores: Tensor, masks: Tensor, eps: float = 1.0) -> Tensor:
+    r"""Average each class's pixel scores, weighted by its mask (eq. 3).
+
+    .. math:: y_c = \frac{\sum_{ij} m_{cij} \, y_{cij}}{\epsilon + \sum_{ij} m_{cij}}
+
+    The sums and the division are done in float32 at least, whatever the inputs' dtype.
+
+    Args:
+        scores: pixel scores y of the foreground classes, [B, C, h, w].
+        masks: their masks m in [0, 1], [B, C, h, w]: the softmax over background and classes, without the background.
+        eps: pulls the score of a class without a mask to zero; 1 in the paper (appendix B.1 says why).
+
+    Returns:
+        Class scores [B, C], in the inputs' common dtype; under autocast in float32 at least.
+
+    Raises:
+        TypeError: `scores` or `masks` is no floating-point tensor.
+        ValueError: their shapes or devices differ, or `eps` is not positive.
+
+    Source:
+        Araslanov and Roth, CVPR 2020, eq. 3 (eq. 14 of appendix B).
+
+    Example:
+        >>> import torch
+        >>> scores = torch.tensor([3.0, 5.0]).view(1, 1, 1, 2)
+        >>> masks = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
+        >>> ngwp_pool(scores, masks)  # 5 / (1 + 1)
+        tensor([[2.5000]])
+    """
+    _check_eps(eps)
+    check_maps("scores", scores)
+    check_maps("masks", masks)
+    if scores.shape[1] + 1 == masks.shape[1]:
+        raise ValueError(
+            f"masks must hold the foreground classes only, got shape {list(masks.shape)} for scores"
+            f" {list(scores.shape)}: leave the background out with masks[:, 1:]"
+        )
+    if scores.shape != masks.shape:
+        raise ValueError(f"masks must have the shape of scores {list(scores.shape)}, got {list(masks.shape)}")
+    check_same_device(scores=scores, masks=masks)
+
+    dtype = working_dtype(scores, masks)
+    weights = masks.to(dtype)
+    weighted = (weights * scores.to(dtype)).sum(dim=(2, 3))
+    pooled = weighted / (eps + weights.sum(dim=(2, 3)))  # eq. 3
+    return pooled.to(result_dtype(scores, masks))
+
+
+class nGWPPool(nn.Module):  # noqa: N801 - the paper's spelling
+    """Normalised global weighted pooling: the module of `ngwp_pool` (eq. 3).
+
+    Args:
+        eps: pulls the score of a class without a mask to zero; 1 in the paper.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.randn(2, 20, 81, 81)
+        >>> background = torch.ones(2, 1, 81, 81)
+        >>> masks = torch.cat([background, scores], dim=1).softmax(dim=1)
+        >>> nGWPPool()(scores, masks[:, 1:]).shape
+        torch.Size([2, 20])
+    """
+
+    def __init__(self, eps: float = 1.0) -> None:
+        super().__init__()
+        _check_eps(eps)
+        self.eps = eps
+
+    def forward(self, scores: Tensor, masks: Tensor) -> Tensor:
+        """Return class scores [B, C] from pixel scores and foreground masks, both [B, C, h, w]."""
+        return ngwp_pool(scores, masks, self.eps)
+
+    def extra_repr(self) -> str:
+        """Return what `print(module)` shows."""
+        return f"eps={self.eps}"
+
+
+def _check_eps(eps: float) -> None:
+    check_real("eps", eps)
+    if eps <= 0:
+        raise ValueError(f"eps must be positive, got {eps}")
