@@ -1,0 +1,199 @@
+"""The layers once more: plain float64 loops, written from the equations and sharing nothing with the library.
+
+Slow and meant to be read. Arrays in, arrays out; a batch is a loop like any other.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def ngwp(scores: Array, masks: Array, eps: float) -> Array:
+    """Eq. 3, [B, C]."""
+    batch, classes, height, width = scores.shape
+    pooled = np.zeros((batch, classes))
+    for b in range(batch):
+        for c in range(classes):
+            weighted = total = 0.0
+            for i in range(height):
+                for j in range(width):
+                    weighted += masks[b, c, i, j] * scores[b, c, i, j]
+                    total += masks[b, c, i, j]
+            pooled[b, c] = weighted / (eps + total)
+    return pooled
+
+
+def focal_size_penalty(masks: Array, p: float, lam: float) -> Array:
+    """Eq. 5, [B, C]."""
+    batch, classes, height, width = masks.shape
+    penalty = np.zeros((batch, classes))
+    for b in range(batch):
+        for c in range(classes):
+            mean = 0.0
+            for i in range(height):
+                for j in range(width):
+                    mean += masks[b, c, i, j] / (height * width)
+            penalty[b, c] = max(0.0, 1 - mean) ** p * np.log(lam + mean)
+    return penalty
+
+
+def stochastic_gate_training(deep: Array, shallow: Array, mixing_rate: float, chosen: NDArray[np.bool_]) -> Array:
+    """Eq. 9 for a given draw r = `chosen`."""
+    mixed = np.zeros(deep.shape)
+    for index in np.ndindex(deep.shape):
+        r = float(chosen[index])
+        compensated = (deep[index] - mixing_rate * shallow[index]) / (1 - mixing_rate)
+        mixed[index] = (1 - r) * compensated + r * shallow[index]
+    return mixed
+
+
+def stochastic_gate_evaluation(deep: Array, shallow: Array, mixing_rate: float) -> Array:
+    """Eq. 10."""
+    mixed = np.zeros(deep.shape)
+    for index in np.ndindex(deep.shape):
+        mixed[index] = (1 - mixing_rate) * deep[index] + mixing_rate * shallow[index]
+    return mixed
+
+
+def convolution_1x1(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """Every pixel's channels times `weight` [out, in], plus `bias` [out]."""
+    batch, _, height, width = x.shape
+    y = np.zeros((batch, len(weight), height, width))
+    for b in range(batch):
+        for i in range(height):
+            for j in range(width):
+                y[b, :, i, j] = weight @ x[b, :, i, j] + (0 if bias is None else bias)
+    return y
+
+
+def normalise(x: Array, mean: Array, variance: Array, eps: float) -> Array:
+    """Channel by channel; `mean` and `variance` are [C]."""
+    y = np.zeros(x.shape)
+    for c in range(x.shape[1]):
+        y[:, c] = (x[:, c] - mean[c]) / np.sqrt(variance[c] + eps)
+    return y
+
+
+def global_cue_injection(shallow: Array, cues: Array, eps: float) -> Array:
+    """Eq. 11, the cues being the deep features after the convolution that doubles their channels."""
+    batch, channels, _, _ = shallow.shape
+    augmented = np.zeros(shallow.shape)
+    for b in range(batch):
+        for c in range(channels):
+            z = cues[b, c].max()
+            shift = cues[b, channels + c].max()
+            x = shallow[b, c]
+            augmented[b, c] = np.maximum(0, z * (x - x.mean()) / np.sqrt(x.var() + eps) + shift)
+    return augmented
+
+
+def gci_batch(shallow: Array, deep: Array, state: dict[str, Array], eps: float) -> Array:
+    """The authors' published form in evaluation mode, from the module's state_dict."""
+
+    def convolution(x: Array, name: str) -> Array:
+        return convolution_1x1(x, state[f"{name}.0.weight"][:, :, 0, 0])
+
+    def batch_norm(x: Array, name: str, affine: bool) -> Array:
+        y = normalise(x, state[f"{name}.1.running_mean"], state[f"{name}.1.running_var"], eps)
+        if affine:
+            for c in range(y.shape[1]):
+                y[:, c] = y[:, c] * state[f"{name}.1.weight"][c] + state[f"{name}.1.bias"][c]
+        return y
+
+    cues = np.maximum(0, batch_norm(convolution(deep, "deep"), "deep", affine=True))
+    x = batch_norm(convolution(shallow, "shallow"), "shallow", affine=False)
+    batch, channels = x.shape[:2]
+    for b in range(batch):
+        for c in range(channels):
+            gamma = cues[b, c].max()
+            beta = cues[b, channels + c].max()
+            x[b, c] = np.maximum(0, x[b, c] * (gamma + 1) + beta)
+    return np.maximum(0, batch_norm(convolution(x, "project"), "project", affine=True))
+
+
+def neighbours(i: int, j: int, height: int, width: int, dilations: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Row and column of the 8 neighbours of (i, j) for every dilation, clamped to the map (replicate padding)."""
+    for d in dilations:
+        for di in (-d, 0, d):
+            for dj in (-d, 0, d):
+                if (di, dj) != (0, 0):
+                    yield min(max(i + di, 0), height - 1), min(max(j + dj, 0), width - 1)
+
+
+def softmax(x: Array) -> Array:
+    """Softmax of a vector."""
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def position_affinity(dilations: Sequence[int]) -> Array:
+    """PAR's term of position, [N]: the same for every pixel."""
+    distance = []
+    for d in dilations:
+        for di in (-d, 0, d):
+            for dj in (-d, 0, d):
+                if (di, dj) != (0, 0):
+                    distance.append(np.sqrt(2) * d if di and dj else float(d))
+    position = np.array(distance)
+    return softmax(-((position / (position.std(ddof=1) + 1e-8) / 0.3) ** 2))
+
+
+def pamr_affinity(image: Array, dilations: Sequence[int], variant: str = "pamr") -> Array:
+    """[B, 8 x number of dilations, H, W]; `variant` is "pamr" (released), "paper" (eq. 8) or "par"."""
+    batch, channels, height, width = image.shape
+    affinity = np.zeros((batch, 8 * len(dilations), height, width))
+    for b in range(batch):
+        for i in range(height):
+            for j in range(width):
+                around = list(neighbours(i, j, height, width, dilations))
+                similarity = np.zeros(len(around))  # k, averaged over the channels
+                for k in range(channels):
+                    centre = image[b, k, i, j]
+                    values = np.array([image[b, k, row, column] for row, column in around])
+                    difference = np.abs(centre - values)
+                    # The centre is one of the 9 samples of every dilation.
+                    samples = np.concatenate([values, np.full(len(dilations), centre)])
+                    if variant == "pamr":
+                        similarity -= difference / (1e-8 + 0.1 * samples.std(ddof=1)) / channels
+                    elif variant == "paper":
+                        similarity -= difference / (1e-8 + samples.var(ddof=1)) / channels
+                    else:
+                        similarity -= (difference / (values.std(ddof=1) + 1e-8) / 0.3) ** 2 / channels
+                affinity[b, :, i, j] = softmax(similarity)
+    if variant == "par":
+        affinity += 0.01 * position_affinity(dilations)[:, None, None]
+    return affinity
+
+
+def pamr_propagate(mask: Array, affinity: Array, dilations: Sequence[int], num_iter: int) -> Array:
+    """Eq. 7, `num_iter` times."""
+    batch, _, height, width = mask.shape
+    for _ in range(num_iter):
+        propagated = np.zeros(mask.shape)
+        for b in range(batch):
+            for i in range(height):
+                for j in range(width):
+                    for n, (row, column) in enumerate(neighbours(i, j, height, width, dilations)):
+                        propagated[b, :, i, j] += affinity[b, n, i, j] * mask[b, :, row, column]
+        mask = propagated
+    return mask
+
+
+def resize(x: Array, height: int, width: int) -> Array:
+    """Bilinear, the corners of both grids aligned."""
+    old_height, old_width = x.shape[2:]
+    y = np.zeros((*x.shape[:2], height, width))
+    for i in range(height):
+        for j in range(width):
+            u = i * (old_height - 1) / (height - 1) if height > 1 else 0.0
+            v = j * (old_width - 1) / (width - 1) if width > 1 else 0.0
+            top, left = int(u), int(v)
+            bottom, right = min(top + 1, old_height - 1), min(left + 1, old_width - 1)
+            a, b = u - top, v - left
+            y[:, :, i, j] = (1 - a) * ((1 - b) * x[:, :, top, left] + b * x[:, :, top, right]) + a * (
+                (1 - b) * x[:, :, bottom, left] + b * x[:, :, bottom, right]
+            )
+    return y
