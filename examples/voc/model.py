@@ -1,0 +1,152 @@
+"""The segmentation network (Figures 3 and 7 of the paper) and the CAM-GAP baseline. No loss is known here."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wsseg_layers import GCI, FocalSizePenalty, StochasticGate, nGWPPool
+
+from .backbones import Backbone
+
+ASPP_DILATIONS = (12, 24, 36)
+SKIP_CHANNELS = 48
+
+
+class Prediction(NamedTuple):
+    """What both networks return: `class_scores` [B, C], `logits` and `masks` [B, C + 1, h, w], background first."""
+
+    class_scores: Tensor
+    logits: Tensor
+    masks: Tensor
+
+
+def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Resize bilinearly, corners aligned, as everywhere inside the network."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> nn.Sequential:
+    """Return convolution (same size), BatchNorm, ReLU."""
+    padding = dilation * (kernel_size // 2)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: 1x1, three dilated 3x3 and the image's mean, joined by a 1x1 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, dilations: tuple[int, ...] = ASPP_DILATIONS) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [conv_bn_relu(in_channels, out_channels, 1)]
+            + [conv_bn_relu(in_channels, out_channels, 3, dilation) for dilation in dilations]
+        )
+        self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_bn_relu(in_channels, out_channels, 1))
+        self.project = nn.Sequential(
+            conv_bn_relu(out_channels * (len(dilations) + 2), out_channels, 1),
+            nn.Dropout(0.5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, in_channels, h, w] to [B, out_channels, h, w]."""
+        pooled = self.image_pool(x).expand(-1, -1, *x.shape[-2:])
+        return self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], dim=1))
+
+
+class SingleStageNet(nn.Module):
+    """Backbone, ASPP, skip from conv3, global cue injection, stochastic gate, decoder, nGWP and focal size penalty."""
+
+    def __init__(self, backbone: Backbone, num_classes: int, channels: int = 256, mixing_rate: float = 0.3) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.aspp = ASPP(backbone.conv6_channels, channels)
+        self.skip = conv_bn_relu(backbone.conv3_channels, SKIP_CHANNELS, 1)
+        self.fuse = conv_bn_relu(channels + SKIP_CHANNELS, channels, 3)
+        self.gci = GCI(channels, shallow_channels=backbone.conv3_channels, norm="batch")
+        self.gate = StochasticGate(mixing_rate)
+        self.decoder = nn.Sequential(
+            conv_bn_relu(channels, channels, 3),
+            nn.Dropout(0.5),
+            conv_bn_relu(channels, channels, 3),
+            nn.Dropout(0.1),
+            nn.Conv2d(channels, num_classes, 1),
+        )
+        self.pool = nGWPPool()
+        self.size_penalty = FocalSizePenalty()
+        initialise(self.new_modules())
+
+    def new_modules(self) -> list[nn.Module]:
+        """Return the parts that start from random weights."""
+        return [self.aspp, self.skip, self.fuse, self.gci, self.decoder]
+
+    def frozen_norms(self) -> list[nn.Module]:
+        """Return the parts whose BatchNorm statistics stay as they are."""
+        return [self.backbone, self.aspp]
+
+    def forward(self, image: Tensor) -> Prediction:
+        """Predict class scores, and masks at the resolution of conv3, from a normalised image [B, 3, H, W]."""
+        conv3, conv6 = self.backbone(image)
+        deep = resize(self.aspp(conv6), conv3.shape[-2:])
+        deep = self.fuse(torch.cat([deep, self.skip(conv3)], dim=1))
+        shallow = self.gci(conv3, deep)
+        scores = self.decoder(self.gate(deep, shallow))
+        background = torch.ones_like(scores[:, :1])  # y_0 = 1 everywhere (appendix B.1)
+        logits = torch.cat([background, scores], dim=1)
+        masks = logits.softmax(dim=1)
+        foreground = masks[:, 1:]
+        class_scores = self.pool(scores, foreground) + self.size_penalty(foreground)  # eq. 13
+        return Prediction(class_scores, logits, masks)
+
+
+class CAMNet(nn.Module):
+    """The CAM-GAP baseline: eq. 1 for the class scores, eq. 2 for the masks."""
+
+    background = 0.1  # the score that a class must exceed, of the authors' baseline
+
+    def __init__(self, backbone: Backbone, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.dropout = nn.Dropout2d(0.5)
+        self.classifier = nn.Conv2d(backbone.conv6_channels, num_classes, 1, bias=False)
+        initialise(self.new_modules())
+
+    def new_modules(self) -> list[nn.Module]:
+        """Return the parts that start from random weights."""
+        return [self.classifier]
+
+    def frozen_norms(self) -> list[nn.Module]:
+        """Return the parts whose BatchNorm statistics stay as they are."""
+        return [self.backbone]
+
+    def forward(self, image: Tensor) -> Prediction:
+        """Predict class scores and activation maps, at the resolution of conv6, from a normalised image."""
+        _, conv6 = self.backbone(image)
+        activation = self.classifier(self.dropout(conv6))
+        class_scores = activation.mean(dim=(2, 3))  # eq. 1
+        cam = activation.relu()  # eq. 2
+        cam = cam / (cam.amax(dim=(2, 3), keepdim=True) + 1e-5)
+        masks = torch.cat([torch.full_like(cam[:, :1], self.background), cam], dim=1)
+        return Prediction(class_scores, activation, masks)
+
+
+def initialise(modules: list[nn.Module]) -> None:
+    """Draw convolution weights as He et al. do for ReLU networks; biases start at zero."""
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+
+def freeze_norm_statistics(model: SingleStageNet | CAMNet) -> None:
+    """Put the pre-trained BatchNorms into eval mode: call it after every `model.train()`."""
+    for part in model.frozen_norms():
+        for layer in part.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.eval()

@@ -1,0 +1,111 @@
+"""The losses and pseudo labels against plain loops written from the paper."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from voc.data import IGNORE
+from voc.losses import classification_loss, segmentation_loss
+from voc.pseudo_labels import pseudo_labels
+
+Array = NDArray[np.float64] | NDArray[np.int64]
+
+
+def soft_margin(y: Array, z: Array) -> float:
+    """Eq. 6, mean over the batch."""
+    batch, classes = y.shape
+    total = 0.0
+    for b in range(batch):
+        for c in range(classes):
+            probability = 1 / (1 + math.exp(-y[b, c]))
+            total -= (z[b, c] * math.log(probability) + (1 - z[b, c]) * math.log(1 - probability)) / classes
+    return total / batch
+
+
+def balanced_cross_entropy(masks: Array, target: Array) -> float:
+    """Eq. 21-23."""
+    batch, _, h, w = masks.shape
+    numerator, m_all = 0.0, 0.0
+    for b in range(batch):
+        pixels = [(i, j) for i in range(h) for j in range(w) if target[b, i, j] != IGNORE]
+        m_total = len(pixels)
+        image_loss = 0.0
+        for i, j in pixels:
+            c = int(target[b, i, j])
+            m_c = sum(target[b, k, n] == c for k, n in pixels)
+            image_loss += -(m_total - m_c) / (1 + m_total) * math.log(masks[b, c, i, j])
+        numerator += m_total * image_loss
+        m_all += m_total
+    return numerator / (h * w) / m_all if m_all else 0.0
+
+
+def pseudo_labels_by_loops(masks: Array, labels: Array) -> Array:
+    """Section 3.3, pixel by pixel."""
+    batch, classes, h, w = masks.shape
+    target = np.full((batch, h, w), IGNORE)
+    for b in range(batch):
+        present = [0] + [c for c in range(1, classes) if labels[b, c - 1]]
+        cut = {c: max(0.2, (0.6 if c else 0.7) * masks[b, c].max()) for c in present}
+        for i in range(h):
+            for j in range(w):
+                claims = [c for c in present if masks[b, c, i, j] > cut[c]]
+                if len(claims) == 1:
+                    target[b, i, j] = claims[0]
+        if any((target[b] == c).sum() == 0 for c in present[1:]):
+            target[b] = IGNORE
+    return target
+
+
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**31))
+def test_classification_loss(batch: int, classes: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    y, z = 3 * rng.standard_normal((batch, classes)), rng.integers(0, 2, (batch, classes)).astype(float)
+    loss = classification_loss(torch.tensor(y), torch.tensor(z)).item()
+    assert loss == pytest.approx(soft_margin(y, z), abs=1e-9)
+
+
+@given(st.integers(1, 3), st.integers(2, 4), st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**31))
+def test_segmentation_loss(batch: int, classes: int, h: int, w: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = torch.tensor(rng.standard_normal((batch, classes, h, w)), dtype=torch.float32)
+    target = rng.integers(0, classes, (batch, h, w))
+    target[rng.random((batch, h, w)) < 0.3] = IGNORE
+    expected = balanced_cross_entropy(logits.double().softmax(1).numpy(), target)
+    assert segmentation_loss(logits, torch.tensor(target)).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_segmentation_loss_of_nothing_is_zero_and_has_a_gradient() -> None:
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    loss = segmentation_loss(logits, torch.full((2, 4, 4), IGNORE))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert logits.grad.abs().max() == 0
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31))
+def test_pseudo_labels(batch: int, classes: int, h: int, w: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    masks = torch.tensor(2 * rng.standard_normal((batch, classes + 1, h, w))).softmax(dim=1)
+    labels = rng.integers(0, 2, (batch, classes)).astype(float)
+    expected = pseudo_labels_by_loops(masks.numpy(), labels)
+    assert (pseudo_labels(masks, torch.tensor(labels)).numpy() == expected).all()
+
+
+def test_pseudo_labels_by_hand() -> None:
+    #            sure sky  sure cat  both claim  nobody claims
+    background = [0.90, 0.05, 0.70, 0.50]
+    cat = [0.05, 0.90, 0.60, 0.40]
+    dog = [0.05, 0.05, 0.00, 0.90]  # not in the image
+    masks = torch.tensor([[background, cat, dog]])[:, :, None]
+    assert pseudo_labels(masks, torch.tensor([[1.0, 0.0]]))[0, 0].tolist() == [0, 1, IGNORE, IGNORE]
+
+
+def test_an_image_without_one_of_its_classes_is_ignored() -> None:
+    masks = torch.tensor([[[0.9, 0.1], [0.1, 0.8], [0.05, 0.1]]])[:, :, None]
+    assert pseudo_labels(masks, torch.tensor([[1.0, 0.0]]))[0, 0].tolist() == [0, 1]
+    assert pseudo_labels(masks, torch.tensor([[1.0, 1.0]]))[0, 0].tolist() == [IGNORE, IGNORE]

@@ -1,0 +1,172 @@
+"""The network, its baseline, what is frozen, and how parameters are grouped."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from voc.backbones import Backbone, EfficientNetLite0, build_backbone
+from voc.inference import multi_scale_masks, normalise, segment
+from voc.model import ASPP, CAMNet, SingleStageNet, freeze_norm_statistics
+from voc.training import build_optimizer, freeze
+
+from wsseg_layers import functional as WF
+
+
+class TinyBackbone(Backbone):
+    """Two convolutions at strides 4 and 16: quick, and without weights of its own to find."""
+
+    mean = (0.5, 0.4, 0.3)
+    std = (0.2, 0.3, 0.4)
+    conv3_channels = 5
+    conv6_channels = 7
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 5, 3, stride=4, padding=1)
+        self.norm = nn.BatchNorm2d(5)
+        self.second = nn.Conv2d(5, 7, 3, stride=4, padding=1)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        return [self.first]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        conv3 = self.norm(self.first(image)).relu()
+        return conv3, self.second(conv3).relu()
+
+
+@pytest.fixture(params=["ours", "CAM-GAP"])
+def model(request: pytest.FixtureRequest) -> SingleStageNet | CAMNet:
+    torch.manual_seed(0)
+    return SingleStageNet(TinyBackbone(), 3, channels=8) if request.param == "ours" else CAMNet(TinyBackbone(), 3)
+
+
+@pytest.fixture
+def ours() -> SingleStageNet:
+    torch.manual_seed(0)
+    return SingleStageNet(TinyBackbone(), 3, channels=8)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 50), (17, 5)])
+def test_shapes(model: SingleStageNet | CAMNet, size: tuple[int, int]) -> None:
+    prediction = model.eval()(torch.randn(2, 3, *size))
+    assert prediction.class_scores.shape == (2, 3)
+    assert prediction.masks.shape[:2] == (2, 4)
+    assert prediction.masks.min() >= 0
+    assert prediction.masks.max() <= 1
+
+
+def test_scores_and_masks_belong_together(ours: SingleStageNet) -> None:
+    class_scores, logits, masks = ours.eval()(torch.randn(2, 3, 40, 32))
+    assert masks.shape[-2:] == (10, 8)
+    assert (logits[:, 0] == 1).all()
+    torch.testing.assert_close(masks, logits.softmax(1))
+    expected = WF.ngwp_pool(logits[:, 1:], masks[:, 1:]) + WF.focal_size_penalty(masks[:, 1:])
+    torch.testing.assert_close(class_scores, expected)
+
+
+def test_cam_is_normalised_per_class() -> None:
+    torch.manual_seed(0)
+    masks = CAMNet(TinyBackbone(), 3).eval()(torch.randn(2, 3, 64, 64)).masks
+    assert (masks[:, 0] == 0.1).all()
+    highest = masks[:, 1:].amax(dim=(2, 3))
+    assert ((highest == 0) | ((highest - 1).abs() < 1e-2)).all()
+
+
+def test_every_trainable_parameter_learns(model: SingleStageNet | CAMNet) -> None:
+    freeze(model)
+    model.train()
+    prediction = model(torch.randn(4, 3, 64, 64))
+    (prediction.class_scores.square().sum() + prediction.logits.square().sum()).backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {f"backbone.{name}" for name in ("first.weight", "first.bias", "norm.weight", "norm.bias")}
+
+
+def test_frozen_statistics(ours: SingleStageNet) -> None:
+    def statistics(module: nn.Module) -> dict[str, Tensor]:
+        return {key: value.clone() for key, value in module.state_dict().items() if "running_" in key}
+
+    ours.train()
+    freeze_norm_statistics(ours)
+    before = statistics(ours)
+    ours(torch.randn(4, 3, 64, 64))
+    changed = {key for key, value in statistics(ours).items() if not torch.equal(value, before[key])}
+    assert changed
+    assert not any(key.startswith(("backbone", "aspp")) for key in changed)
+
+
+def test_parameter_groups(ours: SingleStageNet) -> None:
+    freeze(ours)
+    optimizer = build_optimizer(ours, lr=0.1, weight_decay=0.5)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(ours.named_parameters())
+    assert rates[id(parameters["backbone.second.weight"])] == pytest.approx((0.1, 0.5))
+    assert rates[id(parameters["backbone.second.bias"])] == pytest.approx((0.2, 0))
+    assert rates[id(parameters["decoder.4.weight"])] == pytest.approx((1.0, 0.5))
+    assert rates[id(parameters["decoder.4.bias"])] == pytest.approx((2.0, 0))
+    assert set(rates) == {id(p) for p in ours.parameters() if p.requires_grad}
+
+
+def test_aspp_sees_the_whole_image() -> None:
+    aspp = ASPP(4, 6).eval()
+    x = torch.randn(1, 4, 9, 7, requires_grad=True)
+    out = aspp(x)
+    assert out.shape == (1, 6, 9, 7)
+    out[0, :, 0, 0].sum().backward()
+    assert x.grad is not None
+    assert x.grad[0, :, 8, 6].abs().max() > 0
+
+
+def test_normalise() -> None:
+    image = torch.rand(2, 3, 4, 5)
+    mean, std = torch.tensor(TinyBackbone.mean), torch.tensor(TinyBackbone.std)
+    expected = (image.permute(0, 2, 3, 1) - mean) / std
+    torch.testing.assert_close(normalise(image, TinyBackbone()).permute(0, 2, 3, 1), expected)
+
+
+def test_multi_scale_masks_average(ours: SingleStageNet) -> None:
+    ours.eval()
+    image = torch.rand(3, 31, 45)
+    masks, probabilities = multi_scale_masks(ours, image, scales=(1.0, 0.5), flip=True)
+    singles = [
+        multi_scale_masks(ours, picture, scales=(scale,), flip=False)
+        for scale in (1.0, 0.5)
+        for picture in (image, image.flip(-1))
+    ]
+    expected = torch.stack([m.flip(-1) if i % 2 else m for i, (m, _) in enumerate(singles)]).mean(0)
+    torch.testing.assert_close(masks, expected)
+    torch.testing.assert_close(probabilities, torch.stack([p for _, p in singles]).amax(0))
+    torch.testing.assert_close(masks.sum(0), torch.ones(31, 45))
+
+
+def test_segment_by_hand() -> None:
+    masks = torch.tensor([[0.4, 0.2, 0.1], [0.3, 0.5, 0.3], [0.3, 0.3, 0.6]])[:, None]
+    assert segment(masks, torch.tensor([0.9, 0.9])).tolist() == [[0, 1, 2]]
+    assert segment(masks, torch.tensor([0.9, 0.05])).tolist() == [[0, 1, 1]]
+    assert segment(masks, torch.tensor([0.9, 0.05]), min_probability=0.01).tolist() == [[0, 1, 2]]
+    assert segment(masks, torch.tensor([0.0, 0.0])).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (65, 65), (97, 66)])
+def test_efficientnet_strides(size: tuple[int, int]) -> None:
+    conv3, conv6 = EfficientNetLite0(pretrained=False).eval()(torch.randn(1, 3, *size))
+    assert conv3.shape == (1, 24, -(-size[0] // 4), -(-size[1] // 4))
+    assert conv6.shape == (1, 1280, -(-size[0] // 16), -(-size[1] // 16))
+
+
+def test_efficientnet_weights_are_those_of_imagenet() -> None:
+    backbone = build_backbone("efficientnet_lite0").eval()
+    # A network with random weights would leave BatchNorm's running statistics far from those of its own features.
+    seen: list[Tensor] = []
+    norm = backbone.get_submodule("_blocks.3._bn0")
+    norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    image = torch.rand(1, 3, 8, 8).repeat_interleave(20, -1).repeat_interleave(20, -2)
+    with torch.no_grad():
+        backbone(normalise(image, backbone))
+    deviation = seen[0].std().item()
+    assert 0.1 < deviation < 10
+
+
+def test_unknown_backbone() -> None:
+    with pytest.raises(ValueError, match=r"unknown backbone 'resnet7': expected one of"):
+        build_backbone("resnet7")
