@@ -1,15 +1,24 @@
 """What the two mask refinements, PAMR and PAR, have in common."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_choice, check_maps, check_same_batch, check_same_device
+from ._checks import check_choice, check_count, check_dilations, check_maps, check_same_batch, check_same_device
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
-RESIZES = ("mask", "image", "none")
 Resize = Literal["mask", "image", "none"]
+Backend = Literal["auto", "triton", "torch"]
+
+
+def check_settings(num_iter: int, dilations: Sequence[int], resize: str, backend: str) -> tuple[int, ...]:
+    """Check what both layers are set up with; return the dilations as a tuple."""
+    check_count("num_iter", num_iter, minimum=0)
+    check_choice("resize", resize, get_args(Resize))
+    check_choice("backend", backend, get_args(Backend))
+    return check_dilations(dilations)
 
 
 def match_sizes(resize: Resize, **image_and_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,7 +31,6 @@ def match_sizes(resize: Resize, **image_and_mask: Tensor) -> tuple[Tensor, Tenso
     Returns:
         Image and masks, of the same height and width.
     """
-    check_choice("resize", resize, RESIZES)
     for name, tensor in image_and_mask.items():
         check_maps(name, tensor)
         if 0 in tensor.shape[1:]:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_count, check_dilations
-from ._refinement import DILATIONS, RESIZES, Resize, drop_expected, match_sizes
+from ._checks import check_choice
+from ._refinement import DILATIONS, Backend, Resize, check_settings, drop_expected, match_sizes
 from .kernels import pamr_affinity, pamr_propagate
 
 Affinity = Literal["released", "paper"]
@@ -23,7 +23,7 @@ def pamr(
     dilations: Sequence[int] = DILATIONS,
     affinity: Affinity = "released",
     resize: Resize = "mask",
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Replace every pixel of the masks by a weighted mean of its neighbours, `num_iter` times (eq. 7).
 
@@ -67,8 +67,7 @@ def pamr(
         >>> pamr(image, mask, num_iter=2, dilations=[1, 2, 4]).shape
         torch.Size([1, 21, 64, 48])
     """
-    check_count("num_iter", num_iter, minimum=0)
-    dilations = check_dilations(dilations)
+    dilations = check_settings(num_iter, dilations, resize, backend)
     check_choice("affinity", affinity, tuple(VARIANTS))
     image, mask = match_sizes(resize, image=image, mask=mask)
     weights = pamr_affinity(image, dilations, VARIANTS[affinity], backend)
@@ -108,17 +107,15 @@ class PAMR(nn.Module):
         dilations: Sequence[int] = DILATIONS,
         affinity: Affinity = "released",
         resize: Resize = "mask",
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        check_count("num_iter", num_iter, minimum=0)
         check_choice("affinity", affinity, tuple(VARIANTS))
-        check_choice("resize", resize, RESIZES)
         self.num_iter = num_iter
-        self.dilations = check_dilations(dilations)
+        self.dilations = check_settings(num_iter, dilations, resize, backend)
         self.affinity_form: Affinity = affinity
         self.resize: Resize = resize
-        self.backend = backend
+        self.backend: Backend = backend
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         """Return the masks [B, C, h, w], refined by the image [B, K, H, W]; see `pamr`."""

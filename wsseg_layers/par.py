@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_count, check_dilations
-from ._refinement import DILATIONS, RESIZES, Resize, drop_expected, match_sizes
+from ._refinement import DILATIONS, Backend, Resize, check_settings, drop_expected, match_sizes
 from .kernels import pamr_affinity, pamr_propagate
 
 POSITION_WEIGHT = 0.01  # w2: the position's share, by which the rows of the published affinity exceed 1
@@ -23,7 +22,7 @@ def par(
     num_iter: int = 10,
     renormalise: bool = False,
     resize: Resize = "mask",
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     r"""Replace every pixel of the masks by a weighted sum of its neighbours, `num_iter` times.
 
@@ -65,8 +64,7 @@ def par(
         >>> par(imgs, masks, dilations=[1, 2, 4], num_iter=2).shape
         torch.Size([1, 21, 64, 48])
     """
-    check_count("num_iter", num_iter, minimum=0)
-    dilations = check_dilations(dilations)
+    dilations = check_settings(num_iter, dilations, resize, backend)
     imgs, masks = match_sizes(resize, imgs=imgs, masks=masks)
     weights = _affinity(imgs, dilations, renormalise, backend)
     return pamr_propagate(masks, weights, dilations, num_iter, backend)
@@ -98,16 +96,14 @@ class PAR(nn.Module):
         num_iter: int = 10,
         renormalise: bool = False,
         resize: Resize = "mask",
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        check_count("num_iter", num_iter, minimum=0)
-        check_choice("resize", resize, RESIZES)
-        self.dilations = check_dilations(dilations)
+        self.dilations = check_settings(num_iter, dilations, resize, backend)
         self.num_iter = num_iter
         self.renormalise = renormalise
         self.resize: Resize = resize
-        self.backend = backend
+        self.backend: Backend = backend
 
     def forward(self, imgs: Tensor, masks: Tensor) -> Tensor:
         """Return the masks [B, C, h, w], refined by the images [B, K, H, W]; see `par`."""
@@ -144,6 +140,6 @@ class PAR(nn.Module):
         drop_expected(unexpected_keys, prefix, ("kernel",))
 
 
-def _affinity(imgs: Tensor, dilations: tuple[int, ...], renormalise: bool, backend: str) -> Tensor:
+def _affinity(imgs: Tensor, dilations: tuple[int, ...], renormalise: bool, backend: Backend) -> Tensor:
     weights = pamr_affinity(imgs, dilations, "par", backend)
     return weights / (1 + POSITION_WEIGHT) if renormalise else weights
