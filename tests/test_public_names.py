@@ -1,0 +1,103 @@
+"""What users write against. A change here is a change of the library's version: additions minor, all else major."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import nn
+
+import wsseg_layers
+from wsseg_layers import functional, kernels
+
+REQUIRED = inspect.Parameter.empty
+DILATIONS = (1, 2, 4, 8, 12, 24)
+
+LAYERS: dict[str, dict[str, Any]] = {
+    "FocalSizePenalty": {"p": 3.0, "lam": 0.01},
+    "GCI": {"in_channels": 256, "shallow_channels": None, "out_channels": None, "norm": "batch"},
+    "PAMR": {"num_iter": 10, "dilations": DILATIONS, "affinity": "released", "resize": "mask", "backend": "auto"},
+    "PAR": {"dilations": DILATIONS, "num_iter": 10, "renormalise": False, "resize": "mask", "backend": "auto"},
+    "StochasticGate": {"mixing_rate": 0.3, "mode": "stochastic"},
+    "nGWPPool": {"eps": 1.0},
+}
+CALLS: dict[str, list[str]] = {
+    "FocalSizePenalty.forward": ["masks"],
+    "GCI.forward": ["shallow", "deep"],
+    "PAMR.forward": ["image", "mask"],
+    "PAMR.affinity": ["image"],
+    "PAMR.propagate": ["mask", "affinity"],
+    "PAR.forward": ["imgs", "masks"],
+    "PAR.affinity": ["imgs"],
+    "PAR.propagate": ["masks", "affinity"],
+    "StochasticGate.forward": ["deep", "shallow"],
+    "nGWPPool.forward": ["scores", "masks"],
+}
+FUNCTIONS: dict[str, dict[str, Any]] = {
+    "focal_size_penalty": {"masks": REQUIRED, **LAYERS["FocalSizePenalty"]},
+    "global_cue_injection": {"shallow": REQUIRED, "cues": REQUIRED, "eps": 1e-5},
+    "ngwp_pool": {"scores": REQUIRED, "masks": REQUIRED, **LAYERS["nGWPPool"]},
+    "pamr": {"image": REQUIRED, "mask": REQUIRED, **LAYERS["PAMR"]},
+    "par": {"imgs": REQUIRED, "masks": REQUIRED, **LAYERS["PAR"]},
+    "stochastic_gate": {"deep": REQUIRED, "shallow": REQUIRED, "mixing_rate": 0.3, "training": True},
+}
+OPERATORS: dict[str, dict[str, Any]] = {
+    "pamr_affinity": {"image": REQUIRED, "dilations": REQUIRED, "variant": "pamr", "backend": "auto"},
+    "pamr_propagate": {
+        "mask": REQUIRED,
+        "affinity": REQUIRED,
+        "dilations": REQUIRED,
+        "num_iter": REQUIRED,
+        "backend": "auto",
+    },
+}
+
+
+def assert_accepts(function: Callable[..., Any], expected: dict[str, Any]) -> None:
+    """Require the expected parameters, with their defaults and in their order; more may follow them."""
+    parameters = inspect.signature(function).parameters
+    assert [(name, p.default) for name, p in parameters.items()][: len(expected)] == list(expected.items())
+    assert all(p.default is not REQUIRED for p in list(parameters.values())[len(expected) :])
+
+
+def test_names() -> None:
+    assert set(wsseg_layers.__all__) == {*LAYERS, "functional"}
+    assert set(functional.__all__) == set(FUNCTIONS)
+    assert isinstance(wsseg_layers.__version__, str)
+    for module in (wsseg_layers, functional):
+        for name in module.__all__:
+            assert hasattr(module, name)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name: str) -> None:
+    layer = getattr(wsseg_layers, name)
+    assert issubclass(layer, nn.Module)
+    assert_accepts(layer, LAYERS[name])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(name: str) -> None:
+    layer, method = name.split(".")
+    assert_accepts(
+        getattr(getattr(wsseg_layers, layer), method), {"self": REQUIRED, **dict.fromkeys(CALLS[name], REQUIRED)}
+    )
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name: str) -> None:
+    assert_accepts(getattr(functional, name), FUNCTIONS[name])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators(name: str) -> None:
+    assert_accepts(getattr(kernels, name), OPERATORS[name])
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *FUNCTIONS])
+def test_documented(name: str) -> None:
+    public = getattr(wsseg_layers if name in LAYERS else functional, name)
+    docstring = inspect.getdoc(public) or ""
+    assert ">>>" in docstring
+    for parameter in LAYERS.get(name) or FUNCTIONS[name]:
+        assert f"{parameter}: " in docstring
