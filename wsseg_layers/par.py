@@ -1,7 +1,7 @@
 """Pixel-adaptive refinement (PAR): PAMR's propagation with an affinity of colour and position.
 
 Ru et al., "Learning Affinity from Attention: End-to-End Weakly-Supervised Semantic Segmentation with Transformers",
-CVPR 2022, section 3.4.
+CVPR 2022.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def par(
         ValueError: batch sizes or devices differ, a dimension is missing or empty, or a parameter is out of range.
 
     Source:
-        Ru et al., CVPR 2022, section 3.4.
+        Ru et al., CVPR 2022, in the form of the authors' published code.
 
     Example:
         >>> import torch
