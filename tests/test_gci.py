@@ -98,6 +98,15 @@ def test_reference_functional_default_eps() -> None:
     assert_close(global_cue_injection(shallow, cues), expected, dtype=torch.float64, precision=torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_reference_functional_far_from_zero(device: torch.device, dtype: torch.dtype) -> None:
+    # The mean must not be rounded to half precision before it is taken off.
+    shallow, cues = (100 + 3 * torch.randn(2, 3, 6, 5)).to(dtype), torch.randn(2, 6, 4, 4).to(dtype)
+    expected = reference.global_cue_injection(exact(shallow), exact(cues), eps=1e-5)
+    actual = global_cue_injection(shallow.to(device), cues.to(device))
+    assert_close(actual, expected, dtype=dtype, precision=dtype)
+
+
 @pytest.mark.parametrize("shallow_channels", [4, 3])
 def test_reference_instance(shallow_channels: int) -> None:
     module = GCI(4, shallow_channels, out_channels=5, norm="instance").double()

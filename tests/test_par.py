@@ -174,7 +174,7 @@ def test_exception() -> None:
     [
         ({"num_iter": -1}, ValueError, "num_iter must be at least 0, got -1"),
         ({"dilations": []}, ValueError, "dilations must hold at least one dilation"),
-        ({"dilations": [-2]}, ValueError, "every dilation must be at least 1, got -2"),
+        ({"dilations": [-2]}, ValueError, r"dilations\[0\] must be at least 1, got -2"),
         ({"resize": "both"}, ValueError, "resize must be one of 'mask', 'image', 'none', got 'both'"),
         ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
     ],

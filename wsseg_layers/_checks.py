@@ -17,7 +17,7 @@ def check_real(name: str, value: float) -> None:
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a value that is not one of `choices`."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -35,8 +35,8 @@ def check_dilations(dilations: Sequence[int]) -> tuple[int, ...]:
         raise TypeError(f"dilations must be a sequence of integers, got {dilations!r}")
     if not dilations:
         raise ValueError("dilations must hold at least one dilation, got none")
-    for dilation in dilations:
-        check_count("every dilation", dilation, minimum=1)
+    for index, dilation in enumerate(dilations):
+        check_count(f"dilations[{index}]", dilation, minimum=1)
     return tuple(int(dilation) for dilation in dilations)
 
 

@@ -1,10 +1,10 @@
 """What the two mask refinements, PAMR and PAR, have in common."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._checks import check_choice, check_count, check_dilations, check_maps, check_same_batch, check_same_device
 
@@ -52,11 +52,26 @@ def match_sizes(resize: Resize, **image_and_mask: Tensor) -> tuple[Tensor, Tenso
 
 
 def _resize_as(tensor: Tensor, other: Tensor) -> Tensor:
-    resized = F.interpolate(tensor, size=other.shape[2:], mode="bilinear", align_corners=True)
-    return resized.to(tensor.dtype)  # autocast may have widened it
+    return F.interpolate(tensor, size=other.shape[2:], mode="bilinear", align_corners=True)
 
 
-def drop_expected(unexpected_keys: list[str], prefix: str, names: tuple[str, ...]) -> None:
-    """Take the buffers `names` of a module at `prefix` out of the keys that strict loading complains of."""
-    ignored = {prefix + name for name in names}
-    unexpected_keys[:] = [key for key in unexpected_keys if key not in ignored]
+class StatelessRefinement(nn.Module):
+    """A module without state that lets strict loading pass over the buffers of older implementations."""
+
+    old_buffers: ClassVar[tuple[str, ...]]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        old = {prefix + name for name in self.old_buffers}
+        unexpected_keys[:] = [key for key in unexpected_keys if key not in old]

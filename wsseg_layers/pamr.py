@@ -4,12 +4,12 @@ Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._checks import check_choice
-from ._refinement import DILATIONS, Backend, Resize, check_settings, drop_expected, match_sizes
+from ._refinement import DILATIONS, Backend, Resize, StatelessRefinement, check_settings, match_sizes
 from .kernels import pamr_affinity, pamr_propagate
 
 Affinity = Literal["released", "paper"]
@@ -74,7 +74,7 @@ def pamr(
     return pamr_propagate(mask, weights, dilations, num_iter, backend)
 
 
-class PAMR(nn.Module):
+class PAMR(StatelessRefinement):
     """Pixel-adaptive mask refinement: the module of `pamr` (eq. 7 and 8).
 
     It has no parameters and no buffers. The buffers that older implementations saved (`aff_x.kernel`, `aff_m.kernel`,
@@ -100,6 +100,8 @@ class PAMR(nn.Module):
         >>> torch.allclose(torch.cat(chunks, dim=1), refined)
         True
     """
+
+    old_buffers = ("aff_x.kernel", "aff_m.kernel", "aff_std.kernel")
 
     def __init__(
         self,
@@ -135,18 +137,3 @@ class PAMR(nn.Module):
             f"num_iter={self.num_iter}, dilations={self.dilations}, affinity={self.affinity_form!r},"
             f" resize={self.resize!r}, backend={self.backend!r}"
         )
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        drop_expected(unexpected_keys, prefix, ("aff_x.kernel", "aff_m.kernel", "aff_std.kernel"))

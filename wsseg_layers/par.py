@@ -5,11 +5,10 @@ CVPR 2022.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ._refinement import DILATIONS, Backend, Resize, check_settings, drop_expected, match_sizes
+from ._refinement import DILATIONS, Backend, Resize, StatelessRefinement, check_settings, match_sizes
 from .kernels import pamr_affinity, pamr_propagate
 
 POSITION_WEIGHT = 0.01  # w2: the position's share, by which the rows of the published affinity exceed 1
@@ -70,7 +69,7 @@ def par(
     return pamr_propagate(masks, weights, dilations, num_iter, backend)
 
 
-class PAR(nn.Module):
+class PAR(StatelessRefinement):
     """Pixel-adaptive refinement: the module of `par`.
 
     It has no parameters and no buffers. The buffer `kernel` that older implementations saved is ignored when a
@@ -89,6 +88,8 @@ class PAR(nn.Module):
         >>> PAR(dilations=[1, 2, 4], num_iter=2)(imgs, masks).shape
         torch.Size([1, 21, 64, 48])
     """
+
+    old_buffers = ("kernel",)
 
     def __init__(
         self,
@@ -123,21 +124,6 @@ class PAR(nn.Module):
             f"dilations={self.dilations}, num_iter={self.num_iter}, renormalise={self.renormalise},"
             f" resize={self.resize!r}, backend={self.backend!r}"
         )
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        drop_expected(unexpected_keys, prefix, ("kernel",))
 
 
 def _affinity(imgs: Tensor, dilations: tuple[int, ...], renormalise: bool, backend: Backend) -> Tensor:

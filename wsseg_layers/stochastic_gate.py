@@ -27,7 +27,7 @@ def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3, tra
     Args:
         deep: deep features, any shape.
         shallow: shallow features of the same shape.
-        mixing_rate: psi in [0, 1), the share of shallow features; 0 returns `deep` itself, 1 is allowed out of training.
+        mixing_rate: psi in [0, 1), the share of shallow features. 0 returns `deep` itself; not training, 1 is allowed.
         training: eq. 9 if True, eq. 10 if False.
 
     Returns:
