@@ -24,7 +24,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """For thousands of calls on tiny tensors, whose threads would wait for each other on a busy machine."""
     threads = torch.get_num_threads()

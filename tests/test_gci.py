@@ -12,6 +12,8 @@ from tests.strategies import DTYPES, assert_close, dtypes, exact, layouts, map_s
 from wsseg_layers import GCI
 from wsseg_layers.functional import global_cue_injection
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Norm = Literal["batch", "instance"]
 NORMS: tuple[Norm, ...] = ("batch", "instance")
 
@@ -170,14 +172,12 @@ def test_constant_channel_gives_the_shift() -> None:
     torch.testing.assert_close(augmented, cues.amax((2, 3), keepdim=True)[:, 3:].relu().expand(1, 3, 5, 5))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_gradcheck_functional(device: torch.device) -> None:
     shallow = torch.randn(2, 2, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
     cues = torch.randn(2, 4, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(global_cue_injection, (shallow, cues))
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(device: torch.device, norm: Norm, training: bool) -> None:

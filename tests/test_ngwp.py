@@ -4,27 +4,18 @@ import torch
 from hypothesis import given
 
 from tests import reference
-from tests.strategies import (
-    DTYPES,
-    assert_close,
-    dtypes,
-    exact,
-    layouts,
-    map_shapes,
-    normal,
-    seeds,
-    uniform,
-)
+from tests.strategies import DTYPES, assert_close, dtypes, exact, layouts, map_shapes, normal, seeds, uniform
 from wsseg_layers import nGWPPool
 from wsseg_layers.functional import ngwp_pool
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_smoke(device: torch.device) -> None:
     pool = nGWPPool().to(device)
     assert repr(pool) == "nGWPPool(eps=1.0)"
-    assert (
-        pool(torch.randn(1, 2, 3, 4, device=device), torch.rand(1, 2, 3, 4, device=device)).device.type == device.type
-    )
+    scores, masks = torch.randn(1, 2, 3, 4, device=device), torch.rand(1, 2, 3, 4, device=device)
+    assert pool(scores, masks).device.type == device.type
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 20, 9, 7), (3, 1, 2, 5), (0, 20, 4, 4)])

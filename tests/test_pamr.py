@@ -17,6 +17,8 @@ from wsseg_layers import PAMR
 from wsseg_layers.functional import pamr
 from wsseg_layers.pamr import Affinity
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DILATIONS = [1, 2, 4, 8, 12, 24]
 OLD_KEYS = ("aff_x.kernel", "aff_m.kernel", "aff_std.kernel")
 # The library's names and the reference's.
@@ -236,7 +238,6 @@ def test_affinity_and_propagate_make_the_whole(device: torch.device) -> None:
     torch.testing.assert_close(torch.cat(chunks, dim=1), module(image, mask))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_gradcheck(device: torch.device) -> None:
     image = torch.rand(2, 3, 4, 5, device=device)
     mask = torch.rand(2, 2, 3, 4, dtype=torch.float64, device=device, requires_grad=True)

@@ -13,6 +13,8 @@ from tests.strategies import assert_close, dtypes, exact, layouts, map_shapes, s
 from wsseg_layers import PAMR, PAR
 from wsseg_layers.functional import par
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DILATIONS = [1, 2, 4, 8, 12, 24]
 
 dilation_lists = st.lists(st.integers(1, 12), min_size=1, max_size=4)
@@ -107,7 +109,6 @@ def test_affinity_and_propagate_make_the_whole() -> None:
     torch.testing.assert_close(torch.cat(chunks, dim=1), module(imgs, masks))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_gradcheck(device: torch.device) -> None:
     imgs = torch.rand(2, 3, 4, 5, device=device)
     masks = torch.rand(2, 2, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
