@@ -1,0 +1,36 @@
+"""The neighbourhood that affinity and propagation share: 8 neighbours at {-d, 0, d}^2 for every dilation d."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def neighbour_offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the neighbours' offsets (dy, dx): dilations in the given order, row-major, without the centre."""
+    return [(dy, dx) for d in dilations for dy in (-d, 0, d) for dx in (-d, 0, d) if (dy, dx) != (0, 0)]
+
+
+def pad(x: Tensor, reach: int) -> Tensor:
+    """Replicate the border of maps [B, C, H, W] `reach` pixels out on every side."""
+    return F.pad(x, (reach, reach, reach, reach), mode="replicate")
+
+
+def shifted_views(padded: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
+    """Yield every neighbour's view [B, C, H, W] of maps that are padded by the largest dilation."""
+    reach = max(dilations)
+    height, width = padded.shape[2] - 2 * reach, padded.shape[3] - 2 * reach
+    for dy, dx in neighbour_offsets(dilations):
+        yield padded[:, :, reach + dy : reach + dy + height, reach + dx : reach + dx + width]
+
+
+def position_affinity(dilations: Sequence[int]) -> list[float]:
+    """Return PAR's position term, w2 softmax(-(distance / std / w1)^2): one number a neighbour, whatever the pixel."""
+    w1, w2 = 0.3, 0.01
+    distance = [math.hypot(dy, dx) for dy, dx in neighbour_offsets(dilations)]
+    mean = sum(distance) / len(distance)
+    std = math.sqrt(sum((x - mean) ** 2 for x in distance) / (len(distance) - 1))
+    exponents = [-((x / (std + 1e-8) / w1) ** 2) for x in distance]
+    terms = [math.exp(x - max(exponents)) for x in exponents]
+    return [w2 * term / sum(terms) for term in terms]

@@ -1,0 +1,105 @@
+from collections.abc import Callable
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from numpy.typing import NDArray
+
+from tests import reference
+from tests.strategies import assert_close, dtypes, exact, layouts, map_shapes, seeds, uniform
+from wsseg_layers.kernels import VARIANTS, pamr_affinity
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+dilation_lists = st.lists(st.sampled_from([1, 2, 3, 5, 24]), min_size=1, max_size=3)  # some repeat, some pass the image
+variants = st.sampled_from(VARIANTS)
+
+
+@given(map_shapes(max_channels=3), dilation_lists, variants, dtypes, layouts, seeds)
+def test_equals_the_definition(
+    shape: tuple[int, ...], dilations: list[int], variant: str, dtype: torch.dtype, layout: str, seed: int
+) -> None:
+    image = uniform(shape, dtype, layout, seed)
+    expected = reference.pamr_affinity(exact(image), dilations, variant)
+    assert_close(pamr_affinity(image, dilations, variant), expected, dtype=torch.float32, precision=torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda noise: noise * 255, id="0 to 255"),
+        pytest.param(lambda noise: (noise - 0.45) / 0.22, id="normalised"),
+        pytest.param(lambda noise: 0.5 + 1e-6 * noise, id="nearly flat"),
+        pytest.param(lambda noise: 1000 + 0.01 * noise, id="large offset"),
+        pytest.param(lambda noise: np.where(noise > 0.97, 1.0, 0.001 * noise), id="outliers"),
+        pytest.param(lambda noise: np.where(noise > 0.5, 1.0, 0.0), id="two values"),
+    ],
+)
+def test_is_accurate_for_every_range_of_values(
+    variant: str, make: Callable[[NDArray[np.float64]], NDArray[np.float64]], device: torch.device
+) -> None:
+    image = torch.from_numpy(make(np.random.default_rng(0).random((1, 3, 11, 13)))).float()
+    expected = reference.pamr_affinity(exact(image), [1, 2, 4], variant)
+    affinity = pamr_affinity(image.to(device), [1, 2, 4], variant)
+    assert_close(affinity, expected, dtype=torch.float32, precision=torch.float32)
+
+
+@pytest.mark.parametrize("variant", ["pamr", "paper"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_is_uniform_where_the_image_is_flat(variant: str, dtype: torch.dtype) -> None:
+    affinity = pamr_affinity(torch.full((2, 3, 5, 6), 123.4, dtype=dtype), [1, 2], variant)
+    torch.testing.assert_close(affinity, torch.full((2, 16, 5, 6), 1 / 16), rtol=0, atol=1e-7)
+
+
+@given(map_shapes(), dilation_lists, variants, seeds)
+def test_sums_to_one(shape: tuple[int, ...], dilations: list[int], variant: str, seed: int) -> None:
+    total = pamr_affinity(uniform(shape, torch.float32, "contiguous", seed), dilations, variant).sum(dim=1)
+    torch.testing.assert_close(total, torch.full_like(total, 1.01 if variant == "par" else 1))
+
+
+@given(map_shapes(), dilation_lists, st.sampled_from(["pamr", "par"]), seeds)
+def test_does_not_change_when_the_image_is_scaled_and_shifted(
+    shape: tuple[int, ...], dilations: list[int], variant: str, seed: int
+) -> None:
+    image = uniform(shape, torch.float64, "contiguous", seed).mul(256).floor()  # exact after scaling and shifting
+    gain = 2.0 ** torch.arange(shape[1])[:, None, None]
+    moved = pamr_affinity(image * gain - 64, dilations, variant)
+    torch.testing.assert_close(moved, pamr_affinity(image, dilations, variant), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nan_spreads_to_its_neighbourhood_only(variant: str) -> None:
+    image = torch.rand(2, 3, 9, 9)
+    image[0, 1, 4, 4] = torch.nan
+    reached = torch.zeros(2, 9, 9, dtype=torch.bool)
+    for i in range(9):
+        for j in range(9):
+            around = [(i, j), *reference.neighbours(i, j, 9, 9, [1, 3])]
+            reached[0, i, j] = (4, 4) in around
+    assert torch.equal(pamr_affinity(image, [1, 3], variant).isnan().all(dim=1), reached)
+    assert torch.equal(pamr_affinity(image, [1, 3], variant).isnan().any(dim=1), reached)
+
+
+def test_images_of_a_batch_do_not_mix() -> None:
+    image = torch.rand(3, 3, 8, 7)
+    one_by_one = torch.cat([pamr_affinity(single, [1, 2]) for single in image.split(1)])
+    torch.testing.assert_close(pamr_affinity(image, [1, 2]), one_by_one)
+
+
+def test_is_a_constant_for_autograd() -> None:
+    assert not pamr_affinity(torch.rand(1, 3, 4, 4, requires_grad=True), [1]).requires_grad
+
+
+def test_stays_in_float32_under_autocast(device: torch.device) -> None:
+    image = torch.rand(1, 3, 6, 6, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        affinity = pamr_affinity(image, [1, 2])
+    assert affinity.dtype == torch.float32
+    assert torch.equal(affinity, pamr_affinity(image, [1, 2]))
+
+
+def test_takes_an_empty_batch() -> None:
+    assert pamr_affinity(torch.rand(0, 3, 4, 5), [1, 2]).shape == (0, 16, 4, 5)

@@ -1,0 +1,147 @@
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from tests import reference
+from tests.strategies import assert_close, dtypes, exact, layouts, map_shapes, seeds, uniform
+from wsseg_layers.kernels import pamr_affinity, pamr_propagate, torch_propagate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+dilation_lists = st.lists(st.sampled_from([1, 2, 3, 5, 24]), min_size=1, max_size=3)
+
+
+def some_weights(mask: Tensor, dilations: list[int], layout: str, seed: int) -> Tensor:
+    """Weights in no way special: they do not sum to 1 and some are negative."""
+    batch, _, height, width = mask.shape
+    return uniform((batch, 8 * len(dilations), height, width), torch.float32, layout, seed + 1) / 8 - 0.03
+
+
+@given(map_shapes(max_channels=6), dilation_lists, st.integers(0, 3), dtypes, layouts, layouts, seeds)
+def test_equals_the_definition(
+    shape: tuple[int, ...],
+    dilations: list[int],
+    num_iter: int,
+    dtype: torch.dtype,
+    layout: str,
+    affinity_layout: str,
+    seed: int,
+) -> None:
+    mask = uniform(shape, dtype, layout, seed)
+    affinity = some_weights(mask, dilations, affinity_layout, seed)
+    expected = reference.pamr_propagate(exact(mask), exact(affinity), dilations, num_iter)
+    actual = pamr_propagate(mask, affinity, dilations, num_iter)
+    assert actual.is_contiguous()
+    assert_close(actual, expected, dtype=dtype, precision=dtype)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 21, 150])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_equals_the_definition_for_any_number_of_channels(
+    channels: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    mask = torch.rand(2, channels, 7, 5, dtype=dtype)
+    affinity = pamr_affinity(torch.rand(2, 3, 7, 5), [1, 4])
+    expected = reference.pamr_propagate(exact(mask), exact(affinity), [1, 4], 2)
+    actual = pamr_propagate(mask.to(device), affinity.to(device), [1, 4], 2)
+    assert_close(actual, expected, dtype=dtype, precision=dtype)
+
+
+def test_gathers_in_chunks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask, affinity = torch.rand(2, 21, 6, 7), pamr_affinity(torch.rand(2, 3, 6, 7), [1, 2])
+    at_once = pamr_propagate(mask, affinity, [1, 2], 3)
+    monkeypatch.setattr(torch_propagate, "GATHER_TABLE_BYTES", 6 * 7 * 4 * 8)  # 8 channels
+    torch.testing.assert_close(pamr_propagate(mask, affinity, [1, 2], 3), at_once)
+
+
+def test_takes_a_half_precision_affinity() -> None:
+    mask = torch.rand(1, 21, 6, 7)
+    affinity = pamr_affinity(torch.rand(1, 3, 6, 7), [1, 2]).half()
+    expected = reference.pamr_propagate(exact(mask), exact(affinity), [1, 2], 3)
+    assert_close(pamr_propagate(mask, affinity, [1, 2], 3), expected, dtype=torch.float32, precision=torch.float32)
+
+
+@pytest.mark.parametrize("channels", [2, 21])
+def test_leaves_its_arguments_alone(channels: int) -> None:
+    mask, affinity = torch.rand(1, channels, 6, 6), pamr_affinity(torch.rand(1, 3, 6, 6), [1])
+    mask_before, affinity_before = mask.clone(), affinity.clone()
+    for num_iter in (0, 1, 2):
+        pamr_propagate(mask, affinity, [1], num_iter).zero_()
+    assert torch.equal(mask, mask_before)
+    assert torch.equal(affinity, affinity_before)
+
+
+@pytest.mark.parametrize("channels", [2, 21])
+def test_nan_spreads_one_neighbourhood_an_iteration(channels: int) -> None:
+    mask = torch.zeros(1, channels, 9, 9)
+    mask[0, 1, 4, 4] = torch.nan
+    uniform_weights = torch.full((1, 8, 9, 9), 1 / 8)
+    once, twice = (pamr_propagate(mask, uniform_weights, [1], n).isnan() for n in (1, 2))
+    assert once.sum() == 8
+    assert twice.sum() == 25
+    assert not once[0, 0].any()
+
+
+@pytest.mark.parametrize("channels", [2, 21])
+def test_iterations_compose(channels: int) -> None:
+    mask, affinity = torch.rand(1, channels, 6, 7), pamr_affinity(torch.rand(1, 3, 6, 7), [1, 2])
+    twice = pamr_propagate(pamr_propagate(mask, affinity, [1, 2], 1), affinity, [1, 2], 2)
+    torch.testing.assert_close(pamr_propagate(mask, affinity, [1, 2], 3), twice)
+
+
+@pytest.mark.parametrize("channels", [2, 21])
+def test_keeps_the_range_of_the_masks(channels: int) -> None:
+    mask, affinity = torch.rand(2, channels, 12, 11), pamr_affinity(torch.rand(2, 3, 12, 11), [1, 2, 4])
+    refined = pamr_propagate(mask, affinity, [1, 2, 4], 10)
+    assert refined.min() >= mask.min() - 1e-6
+    assert refined.max() <= mask.max() + 1e-6
+
+
+def test_keeps_the_dtype_under_autocast(device: torch.device) -> None:
+    mask = torch.rand(1, 21, 6, 6, device=device)
+    affinity = pamr_affinity(torch.rand(1, 3, 6, 6, device=device), [1])
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        refined = pamr_propagate(mask, affinity, [1], 2)
+    assert refined.dtype == torch.float32
+    assert torch.equal(refined, pamr_propagate(mask, affinity, [1], 2))
+
+
+@pytest.mark.parametrize("channels", [2, 21])
+def test_takes_an_empty_batch(channels: int) -> None:
+    refined = pamr_propagate(torch.rand(0, channels, 4, 5), torch.rand(0, 16, 4, 5), [1, 2], 3)
+    assert refined.shape == (0, channels, 4, 5)
+
+
+@given(map_shapes(max_channels=5, max_side=6), dilation_lists, st.integers(0, 2), seeds)
+def test_gradient_is_the_transposed_propagation(
+    shape: tuple[int, ...], dilations: list[int], num_iter: int, seed: int
+) -> None:
+    # Linear, so that one column of the Jacobian a pixel says everything: <g, P e> = <P^T g, e>.
+    mask = uniform(shape, torch.float64, "contiguous", seed).requires_grad_()
+    affinity = some_weights(mask, dilations, "contiguous", seed)
+    grad = uniform(shape, torch.float64, "sliced", seed + 2)
+    (actual,) = torch.autograd.grad(pamr_propagate(mask, affinity, dilations, num_iter), mask, grad)
+    batch, channels, height, width = shape
+    expected = torch.zeros(shape, dtype=torch.float64)
+    for i in range(height):
+        for j in range(width):
+            unit = torch.zeros(batch, 1, height, width)
+            unit[:, :, i, j] = 1
+            column = torch.from_numpy(reference.pamr_propagate(exact(unit), exact(affinity), dilations, num_iter))
+            expected[:, :, i, j] = (column * grad).sum(dim=(2, 3))
+    assert channels == actual.shape[1]
+    assert_close(actual, expected.numpy(), dtype=torch.float64, precision=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 6, 1, 5), (1, 1, 3, 1)])
+def test_gradcheck(shape: tuple[int, ...]) -> None:
+    mask = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    affinity = pamr_affinity(torch.rand(shape[0], 3, *shape[2:]), [1, 3])
+
+    def refine(mask: Tensor) -> Tensor:
+        return pamr_propagate(mask, affinity, [1, 3], 2)
+
+    assert torch.autograd.gradcheck(refine, mask)
+    assert torch.autograd.gradgradcheck(refine, mask)
