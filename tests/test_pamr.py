@@ -340,6 +340,19 @@ def test_exception() -> None:
         pamr(image, mask[:, :, :4], resize="none")
 
 
+def test_exception_affinity_and_propagate() -> None:
+    module, image, mask = PAMR(dilations=[1, 2]), torch.rand(2, 3, 8, 9), torch.rand(2, 4, 8, 9)
+    affinity = module.affinity(image)
+    with pytest.raises(TypeError, match=r"image must be a floating-point tensor, got torch\.uint8"):
+        module.affinity((255 * image).byte())
+    with pytest.raises(ValueError, match="mask and affinity must have the same height and width"):
+        module.propagate(mask[:, :, :4], affinity)
+    with pytest.raises(ValueError, match="mask and affinity must have the same batch size"):
+        module.propagate(mask[:1], affinity)
+    with pytest.raises(ValueError, match="affinity must have 8 channels for each of 2 dilations"):
+        module.propagate(mask, affinity[:, :8])
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

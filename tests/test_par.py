@@ -170,6 +170,16 @@ def test_exception() -> None:
         par(imgs, masks[:, :, :4], resize="none")
 
 
+def test_exception_affinity_and_propagate() -> None:
+    module, imgs, masks = PAR(dilations=[1, 2]), torch.rand(2, 3, 8, 9), torch.rand(2, 4, 8, 9)
+    with pytest.raises(TypeError, match=r"imgs must be a floating-point tensor, got torch\.uint8"):
+        module.affinity((255 * imgs).byte())
+    with pytest.raises(ValueError, match=r"masks must have 4 dimensions .* got shape \[4, 8, 9\]"):
+        module.propagate(masks[0], module.affinity(imgs))
+    with pytest.raises(ValueError, match="affinity must have 8 channels for each of 2 dilations"):
+        module.propagate(masks, module.affinity(imgs)[:, :8])
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ._checks import check_maps
 from ._refinement import DILATIONS, Backend, Resize, StatelessRefinement, check_settings, match_sizes
 from .kernels import pamr_affinity, pamr_propagate
 
@@ -112,10 +113,12 @@ class PAR(StatelessRefinement):
 
     def affinity(self, imgs: Tensor) -> Tensor:
         """Return the weights [B, N, H, W] of images [B, K, H, W], float32; N = 8 x number of dilations."""
+        check_maps("imgs", imgs)
         return _affinity(imgs, self.dilations, self.renormalise, self.backend)
 
     def propagate(self, masks: Tensor, affinity: Tensor) -> Tensor:
         """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave."""
+        check_maps("masks", masks)
         return pamr_propagate(masks, affinity, self.dilations, self.num_iter, self.backend)
 
     def extra_repr(self) -> str:
