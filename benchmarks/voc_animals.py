@@ -40,7 +40,7 @@ def main() -> int:
     shown = [argument.replace(data, "VOC_ROOT") for argument in others]
     text = f"""# VOC animals
 
-IoU in percent on the test images, {date.today()}, {minutes:.0f} minutes on {device_name()}, PyTorch {torch.__version__}:
+IoU in percent on the test images. {date.today()}, {device_name()}, PyTorch {torch.__version__}, {minutes:.0f} minutes:
 
     python benchmarks/voc_animals.py VOC_ROOT {" ".join(shown)}
 

@@ -116,10 +116,10 @@ def train(
         self_supervised = is_ours and epoch > settings.classification_epochs
         name = f"{'ours' if is_ours else 'CAM-GAP'} {epoch}/{settings.epochs}"
         losses = train_epoch(model, loader, optimizer, pamr if self_supervised else None, device, name)
-        ious = evaluate(model, curve_set, replace(settings, scales=(1.0,)), device, flip=False)
-        history.append({**losses, "miou": max(mean_iou(iou) for iou in ious.values())})
         if isinstance(model, SingleStageNet):
             save_checkpoint(settings.output / "last.pt", model, settings, train_set.split.classes, epoch)
+        ious = evaluate(model, curve_set, replace(settings, scales=(1.0,)), device, flip=False)
+        history.append({**losses, "miou": max(mean_iou(iou) for iou in ious.values())})
     return history
 
 

@@ -10,7 +10,6 @@ from wsseg_layers import GCI, FocalSizePenalty, StochasticGate, nGWPPool
 
 from .backbones import Backbone
 
-ASPP_DILATIONS = (12, 24, 36)
 SKIP_CHANNELS = 48
 
 
@@ -40,7 +39,7 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: 1x1, three dilated 3x3 and the image's mean, joined by a 1x1 convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, dilations: tuple[int, ...] = ASPP_DILATIONS) -> None:
+    def __init__(self, in_channels: int, out_channels: int, dilations: tuple[int, ...] = (12, 24, 36)) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
             [conv_bn_relu(in_channels, out_channels, 1)]
@@ -64,7 +63,7 @@ class SingleStageNet(nn.Module):
     def __init__(self, backbone: Backbone, num_classes: int, channels: int = 256, mixing_rate: float = 0.3) -> None:
         super().__init__()
         self.backbone = backbone
-        self.aspp = ASPP(backbone.conv6_channels, channels)
+        self.aspp = ASPP(backbone.conv6_channels, channels, backbone.aspp_dilations)
         self.skip = conv_bn_relu(backbone.conv3_channels, SKIP_CHANNELS, 1)
         self.fuse = conv_bn_relu(channels + SKIP_CHANNELS, channels, 3)
         self.gci = GCI(channels, shallow_channels=backbone.conv3_channels, norm="batch")

@@ -12,6 +12,7 @@ class Backbone(nn.Module, ABC):
     std: tuple[float, float, float]
     conv3_channels: int
     conv6_channels: int
+    aspp_dilations: tuple[int, int, int] = (12, 24, 36)
 
     @abstractmethod
     def frozen_modules(self) -> list[nn.Module]:
