@@ -35,18 +35,17 @@ History = list[dict[str, float]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the whole job: data, baseline, model, table and pictures. Returns the exit code."""
-    settings = parse_arguments(argv)
     try:
+        settings = parse_arguments(argv)
+        device = choose_device(settings.device)
         train_set, val_set = load_data(settings)
-    except DataError as error:
+        settings.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:  # DataError is a ValueError
         print(f"train_voc.py: error: {error}", file=sys.stderr)
         return 2
-    settings.output.mkdir(parents=True, exist_ok=True)
     (settings.output / "settings.json").write_text(json.dumps(settings.to_json(), indent=2) + "\n")
-    device = choose_device(settings.device)
     classes = ("background", *train_set.split.classes)
     print(f"{len(train_set)} training images, {len(val_set)} test images, {len(classes) - 1} classes, on {device}")
-
     rows = [classes.index(name) for name in settings.table_classes] or range(len(classes))
 
     started = time.perf_counter()
@@ -135,7 +134,8 @@ def train_epoch(
     model.train()
     freeze_norm_statistics(model)
     sums = {"loss": 0.0, "classification": 0.0, "segmentation": 0.0}
-    with tqdm(total=len(loader) * (loader.batch_size or 1), desc=name, unit="img", leave=True) as progress:
+    images = min(len(loader) * (loader.batch_size or 1), len(loader.dataset))  # type: ignore[arg-type]  # VOCDataset is Sized
+    with tqdm(total=images, desc=name, unit="img") as progress:
         for batch in loader:
             image, labels = batch.image.to(device), batch.labels.to(device)
             prediction = model(normalise(image, model.backbone))

@@ -4,6 +4,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+MINIMA = {
+    "channels": 1,
+    "epochs": 1,
+    "classification_epochs": 0,
+    "batch_size": 1,
+    "crop_size": 32,
+    "lr": 0,
+    "weight_decay": 0,
+    "pamr_iterations": 0,
+    "scales": 0.1,
+    "min_probability": 0,
+    "background_power": 0,
+    "curve_images": 1,
+    "workers": 0,
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -84,6 +100,16 @@ class Settings:
 
     workers: int = 2
     """Processes that read and augment images."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no training could use."""
+        for name, minimum in MINIMA.items():
+            values = getattr(self, name)
+            for value in values if isinstance(values, tuple) else (values,):
+                if not value >= minimum:
+                    raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
+        if not 0 <= self.mixing_rate < 1:
+            raise ValueError(f"--mixing-rate must be in [0, 1), got {self.mixing_rate}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings in types that JSON knows."""

@@ -17,7 +17,10 @@ NEW_WEIGHT, NEW_BIAS, OLD_BIAS = 10, 20, 2  # multiples of the backbone's learni
 def choose_device(name: str) -> torch.device:
     """Return the device of that name; `auto` takes the first of cuda, mps and cpu that there is."""
     if name != "auto":
-        return torch.device(name)
+        try:
+            return torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

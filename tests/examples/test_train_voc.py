@@ -58,9 +58,10 @@ def test_a_seed_gives_the_same_table(toy_root: Path, tmp_path: Path) -> None:
         (["--data", "/no/such/folder"], "data folder not found: /no/such/folder"),
         (["--data", "{root}", "--labels", "/no/such/file"], "labels file not found: /no/such/file"),
         (["--data", "{root}", "--table-classes", "unicorn"], "--table-classes: unknown class 'unicorn'"),
+        (["--data", "{root}", "--device", "abacus"], "--device: cannot use 'abacus'"),
     ],
 )
-def test_wrong_data_is_one_line_and_exit_code_2(
+def test_what_is_wrong_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [argument.format(root=toy_root) for argument in arguments]
@@ -72,11 +73,24 @@ def test_wrong_data_is_one_line_and_exit_code_2(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--epochs", "many"], ["--no-such-argument"], ["--preset", "huge"]])
-def test_wrong_arguments_exit_with_code_2(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "many"], "--epochs"),
+        (["--no-such-argument"], "--no-such-argument"),
+        (["--preset", "huge"], "huge"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--scales", "1", "0"], "--scales must be at least 0.1, got 0.0"),
+        (["--mixing-rate", "1"], "--mixing-rate must be in [0, 1), got 1.0"),
+    ],
+)
+def test_wrong_arguments_exit_with_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_presets() -> None:
