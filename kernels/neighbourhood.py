@@ -17,6 +17,15 @@ def pad(x: Tensor, reach: int) -> Tensor:
     return F.pad(x, (reach, reach, reach, reach), mode="replicate")
 
 
+def fold(padded: Tensor, reach: int, dim: int) -> Tensor:
+    """Add the padding of one dimension to the border that it replicates: the transpose of `pad`."""
+    inner = padded.narrow(dim, reach, padded.shape[dim] - 2 * reach)
+    inner.narrow(dim, 0, 1).add_(padded.narrow(dim, 0, reach).sum(dim, keepdim=True))
+    last = inner.shape[dim] - 1
+    inner.narrow(dim, last, 1).add_(padded.narrow(dim, padded.shape[dim] - reach, reach).sum(dim, keepdim=True))
+    return inner
+
+
 def shifted_views(padded: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
     """Yield every neighbour's view [B, C, H, W] of maps that are padded by the largest dilation."""
     reach = max(dilations)

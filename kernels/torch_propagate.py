@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .neighbourhood import neighbour_offsets, pad, shifted_views
+from .neighbourhood import fold, neighbour_offsets, pad, shifted_views
 
 # With fewer channels, a pixel's neighbours are cheaper as shifted views than as gathered rows (docs/kernels.md).
 GATHER_MIN_CHANNELS = 4
@@ -67,7 +67,7 @@ def propagate_transposed(grad: Tensor, affinity: Tensor, dilations: Sequence[int
         padded = current.new_zeros(batch, channels, height + 2 * reach, width + 2 * reach)
         for n, neighbour in enumerate(shifted_views(padded, dilations)):
             neighbour.addcmul_(weights[:, n : n + 1], current)
-        current = _fold(_fold(padded, reach, dim=2), reach, dim=3).clone(memory_format=torch.contiguous_format)
+        current = fold(fold(padded, reach, dim=2), reach, dim=3).clone(memory_format=torch.contiguous_format)
     return current.to(grad.dtype)
 
 
@@ -75,12 +75,3 @@ def _accumulators(x: Tensor, affinity: Tensor) -> tuple[Tensor, Tensor]:
     """Return both in the dtype that sums are taken in, as contiguous planes."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.to(dtype).contiguous(), affinity.to(dtype).contiguous()
-
-
-def _fold(padded: Tensor, reach: int, dim: int) -> Tensor:
-    """Add the padding of one dimension to the border that it replicates: the transpose of `pad`."""
-    inner = padded.narrow(dim, reach, padded.shape[dim] - 2 * reach)
-    inner.narrow(dim, 0, 1).add_(padded.narrow(dim, 0, reach).sum(dim, keepdim=True))
-    last = inner.shape[dim] - 1
-    inner.narrow(dim, last, 1).add_(padded.narrow(dim, padded.shape[dim] - reach, reach).sum(dim, keepdim=True))
-    return inner
