@@ -119,6 +119,7 @@ def train(
             save_checkpoint(settings.output / "last.pt", model, settings, train_set.split.classes, epoch)
         ious = evaluate(model, curve_set, replace(settings, scales=(1.0,)), device, flip=False)
         history.append({**losses, "miou": max(mean_iou(iou) for iou in ious.values())})
+        print(f"{name}: loss {losses['loss']:.3f}, mean IoU {history[-1]['miou']:.1f} % on {len(curve_set)} images")
     return history
 
 
