@@ -67,8 +67,8 @@ def test_propagation(transposed: bool, channels: int, dtype: str, target: GPUTar
     kernel = triton_propagate.transposed_kernel if transposed else triton_propagate.propagate_kernel
     compiled = compile_for(target, kernel, dtype, ["height", "width"], config)
     assert_no_spills(compiled, target, tmp_path)
-    # One load of 16 bytes a neighbour at the least; what is not wide is the affinity, one value a pixel and neighbour.
+    # The loop's body holds the 8 neighbours of one dilation. What is not wide is the affinity, one value a neighbour.
     if target.backend == "hip":
-        assert len(re.findall(r"(?:global|buffer)_load_dwordx4", compiled.asm["amdgcn"])) >= 8 * len(DILATIONS)
+        assert len(re.findall(r"(?:global|buffer)_load_dwordx4", compiled.asm["amdgcn"])) >= 8
     else:
-        assert len(re.findall(r"ld\.global\S*\.v4", compiled.asm["ptx"])) >= 8 * len(DILATIONS)
+        assert len(re.findall(r"ld\.global\S*\.v4", compiled.asm["ptx"])) >= 8
