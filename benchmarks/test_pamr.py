@@ -1,7 +1,7 @@
 """PAMR beside the eager formulation: `pytest benchmarks/test_pamr.py --benchmark -s`.
 
 Correctness is the gate, then both are timed in turn in one process. Wall-clock time is what a user waits, and needs an
-idle machine; `--benchmark` with OMP_NUM_THREADS=1 adds the processor time, which a busy machine changes less.
+idle machine; with OMP_NUM_THREADS=1 the processor time is meaningful too, and a busy machine changes it less.
 """
 
 import statistics
@@ -15,9 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-import eager
-
+from benchmarks import eager
 from wsseg_layers.functional import pamr
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -63,8 +61,8 @@ def peak_memory(statement: str, shape: tuple[int, ...]) -> float:
     """Return by how many MiB `statement` raises a fresh process's peak over its inputs."""
     code = f"""
 import resource, sys, torch
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import eager
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from benchmarks import eager
 from wsseg_layers.functional import pamr
 image, mask = torch.rand({shape[0]}, 3, *{shape[2:]}), torch.rand({shape})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

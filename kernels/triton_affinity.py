@@ -1,5 +1,8 @@
 """The affinity in Triton: the image is read once, moments and softmax stay in registers."""
 
+# mypy: allow-untyped-defs
+# Arguments of a jit function have the types that its launch gives them.
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,6 +4,9 @@ Between iterations the masks lie as rows [B, H * W, C'], C' being C rounded up t
 read by wide, aligned loads, whatever its offset. A program sums a tile of pixels x channels in registers.
 """
 
+# mypy: allow-untyped-defs
+# Arguments of a jit function have the types that its launch gives them.
+
 from collections.abc import Sequence
 from typing import Any
 
