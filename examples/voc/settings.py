@@ -118,7 +118,7 @@ class Settings:
 
 PAPER = Settings()
 
-# Three thousand photographs take some forty minutes on two CPU cores, the baseline included.
+# Three thousand photographs took 55 minutes on two busy CPU cores, the baseline included.
 PHOTOGRAPHS = replace(
     PAPER,
     channels=128,
