@@ -128,7 +128,7 @@ def read_split(root: Path, *split_names: str) -> tuple[str, ...]:
     if not (root / "JPEGImages").is_dir():
         raise DataError(f"no folder JPEGImages in {root}: is it the root of a VOC data set (.../VOCdevkit/VOC2012)?")
     candidates = [root / SPLIT_FOLDER / f"{name}.txt" for name in split_names]
-    path = next((path for path in candidates if path.is_file()), None)
+    path = first_file(candidates)
     if path is None:
         raise DataError(f"split not found: looked for {' and '.join(str(path) for path in candidates)}")
     names = tuple(image_name(line.split()[0]) for line in read_lines(path))
@@ -136,6 +136,11 @@ def read_split(root: Path, *split_names: str) -> tuple[str, ...]:
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"split {path} lists {twice!r} more than once")
     return names
+
+
+def first_file(candidates: Sequence[Path]) -> Path | None:
+    """Return the first of the paths at which there is a file."""
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def image_name(entry: str) -> str:
@@ -160,7 +165,7 @@ def find_images(root: Path, names: Sequence[str]) -> tuple[Path, ...]:
     paths = []
     for name in names:
         candidates = [root / "JPEGImages" / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES]
-        path = next((path for path in candidates if path.is_file()), None)
+        path = first_file(candidates)
         if path is None:
             raise DataError(f"image not found: looked for {candidates[0]} (or {', '.join(IMAGE_SUFFIXES[1:])})")
         try:
@@ -179,7 +184,7 @@ def find_masks(root: Path, names: Sequence[str]) -> tuple[Path, ...]:
     paths = []
     for name in names:
         candidates = [root / folder / f"{name}.png" for folder in MASK_FOLDERS]
-        path = next((path for path in candidates if path.is_file()), None)
+        path = first_file(candidates)
         if path is None:
             raise DataError(f"mask not found: looked for {' and '.join(str(path) for path in candidates)}")
         paths.append(path)
@@ -190,14 +195,10 @@ def labels_from_file(path: Path, names: Sequence[str], classes: Sequence[str]) -
     """Read lines `id class class ...`; every name must have one."""
     if not path.is_file():
         raise DataError(f"labels file not found: {path}")
-    index = {name: i for i, name in enumerate(classes)}
     labels = {}
     for number, line in enumerate(read_lines(path), start=1):
         name, *present = line.split()
-        unknown = [label for label in present if label not in index]
-        if unknown:
-            raise DataError(f"{path}, entry {number}: unknown class {unknown[0]!r}; known: {', '.join(classes)}")
-        labels[name] = frozenset(index[label] for label in present)
+        labels[name] = class_indices(present, classes, source=f"{path}, entry {number}")
     missing = [name for name in names if name not in labels]
     if missing:
         raise DataError(f"{path}: no line for image {missing[0]!r} ({len(missing)} such images)")
@@ -206,7 +207,6 @@ def labels_from_file(path: Path, names: Sequence[str], classes: Sequence[str]) -
 
 def labels_from_annotations(folder: Path, names: Sequence[str], classes: Sequence[str]) -> tuple[frozenset[int], ...]:
     """Read the objects of VOC's XML annotations; every name must have one."""
-    index = {name: i for i, name in enumerate(classes)}
     labels = []
     for name in names:
         path = folder / f"{name}.xml"
@@ -217,11 +217,16 @@ def labels_from_annotations(folder: Path, names: Sequence[str], classes: Sequenc
         except ElementTree.ParseError as error:
             raise DataError(f"cannot read annotation {path}: {error}") from error
         present = [(element.text or "").strip() for element in root.iterfind("object/name")]
-        unknown = [label for label in present if label not in index]
-        if unknown:
-            raise DataError(f"{path}: unknown class {unknown[0]!r}; known: {', '.join(classes)}")
-        labels.append(frozenset(index[label] for label in present))
+        labels.append(class_indices(present, classes, source=str(path)))
     return tuple(labels)
+
+
+def class_indices(present: Sequence[str], classes: Sequence[str], source: str) -> frozenset[int]:
+    """Return the indices (from 0) of class names; `source` says in an error where an unknown one was read."""
+    unknown = [name for name in present if name not in classes]
+    if unknown:
+        raise DataError(f"{source}: unknown class {unknown[0]!r}; known: {', '.join(classes)}")
+    return frozenset(classes.index(name) for name in present)
 
 
 def labels_from_masks(paths: Sequence[Path], classes: Sequence[str]) -> tuple[frozenset[int], ...]:
