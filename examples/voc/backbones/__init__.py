@@ -1,15 +1,54 @@
 """Backbones: image in; `conv3` (stride 4, for the skip and the shallow features) and `conv6` (deepest) out."""
 
-from .base import Backbone
+from pathlib import Path
+
+from .base import Backbone, WeightsError, load_strictly, read_state_dict, unwrap_state_dict
 from .efficientnet_lite import EfficientNetLite0
+from .resnet import ResNet50, ResNet101
+from .vgg16 import VGG16
+from .wide_resnet38 import WideResNet38
 
-__all__ = ["Backbone", "EfficientNetLite0", "build_backbone"]
+__all__ = [
+    "BACKBONES",
+    "VGG16",
+    "Backbone",
+    "EfficientNetLite0",
+    "ResNet50",
+    "ResNet101",
+    "WeightsError",
+    "WideResNet38",
+    "build_backbone",
+    "load_strictly",
+    "pretrained_backbone",
+    "read_state_dict",
+    "unwrap_state_dict",
+]
 
-BACKBONES = {"efficientnet_lite0": EfficientNetLite0}
+BACKBONES: dict[str, type[Backbone]] = {
+    "efficientnet_lite0": EfficientNetLite0,
+    "wide_resnet38": WideResNet38,
+    "vgg16": VGG16,
+    "resnet50": ResNet50,
+    "resnet101": ResNet101,
+}
 
 
-def build_backbone(name: str, pretrained: bool = True) -> Backbone:
-    """Build a backbone by its name, with ImageNet weights unless `pretrained` is False."""
+def build_backbone(name: str) -> Backbone:
+    """Build a backbone by its name, with random weights."""
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}: expected one of {', '.join(BACKBONES)}")
-    return BACKBONES[name](pretrained=pretrained)
+    return BACKBONES[name]()
+
+
+def pretrained_backbone(name: str, weights: Path | None = None) -> Backbone:
+    """Build a backbone with the ImageNet weights in a file, or with those that come with it."""
+    backbone = build_backbone(name)
+    if weights is not None:
+        backbone.load_weights(weights)
+    elif isinstance(backbone, EfficientNetLite0):
+        backbone.load_packaged_weights()
+    else:
+        raise WeightsError(
+            f"--backbone {name} needs --weights FILE, a file of ImageNet weights: usually {backbone.weights_file}"
+        )
+    return backbone

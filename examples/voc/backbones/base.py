@@ -1,18 +1,32 @@
-"""What the segmentation model needs to know about a backbone."""
+"""What the segmentation model needs to know about a backbone, and how its weights are read."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class WeightsError(ValueError):
+    """A file of weights is missing or is not what the network expects; the message says which and why."""
 
 
 class Backbone(nn.Module, ABC):
     """A pre-trained network that returns `conv3` (stride 4: skip and shallow features) and `conv6` (its deepest)."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     conv3_channels: int
     conv6_channels: int
     aspp_dilations: tuple[int, int, int] = (12, 24, 36)
+    bias_lr_multiple: int = 2
+    weights_file: ClassVar[str]
+    """The name under which the file of ImageNet weights is usually found, and where."""
 
     @abstractmethod
     def frozen_modules(self) -> list[nn.Module]:
@@ -21,3 +35,55 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return (conv3, conv6) of a normalised image [B, 3, H, W]."""
+
+    def rename_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of a file under this module's names, without those of its ImageNet classifier."""
+        return dict(weights)
+
+    def load_weights(self, path: Path) -> None:
+        """Load ImageNet weights from a file; every weight of the backbone must be in it, and none beside them."""
+        weights = self.rename_weights(read_state_dict(path))
+        load_strictly(self, weights, f"{path} does not fit {type(self).__name__}")
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state_dict, also one that lies under a key such as `model`, or whose keys start with `module.`."""
+    if not path.is_file():
+        raise WeightsError(f"weights not found: {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises what zip, pickle and its own reader raise: no common type
+        raise WeightsError(f"cannot read weights {path}: {str(error).splitlines()[0]}") from error
+    return unwrap_state_dict(content, str(path))
+
+
+def unwrap_state_dict(content: Any, source: str) -> dict[str, Tensor]:
+    """Return the state_dict in what a checkpoint file holds."""
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        inner = [content[key] for key in ("model", "state_dict", "model_state", "net") if key in content]
+        if not inner:
+            raise WeightsError(
+                f"no weights in {source}: it holds {', '.join(map(str, list(content)[:5])) or 'nothing'}"
+            )
+        content = inner[0]
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"no weights in {source}: it holds a {type(content).__name__}")
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], error: str) -> None:
+    """Load weights of exactly the module's names and shapes; `num_batches_tracked` may be missing (old files)."""
+    own = module.state_dict()
+    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in weights if key not in own]
+    if missing or unexpected:
+        parts = [
+            f"{len(keys)} {what} ({keys[0]}, ...)"
+            for what, keys in (("missing", missing), ("unexpected", unexpected))
+            if keys
+        ]
+        raise WeightsError(f"{error}: {' and '.join(parts)}")
+    for key, value in weights.items():
+        if value.shape != own[key].shape:
+            raise WeightsError(f"{error}: {key} has shape {list(value.shape)}, expected {list(own[key].shape)}")
+    module.load_state_dict(weights, strict=False)

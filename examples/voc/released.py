@@ -1,0 +1,62 @@
+"""Load a checkpoint of the authors' published network into ours."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .backbones import load_strictly, read_state_dict, unwrap_state_dict
+from .model import SingleStageNet
+
+# Published module -> ours; what is not here has the same name, inside the backbone.
+MODULES = {
+    "aspp.aspp1.atrous_conv": "aspp.branches.0.0",
+    "aspp.aspp1.bn": "aspp.branches.0.1",
+    "aspp.aspp2.atrous_conv": "aspp.branches.1.0",
+    "aspp.aspp2.bn": "aspp.branches.1.1",
+    "aspp.aspp3.atrous_conv": "aspp.branches.2.0",
+    "aspp.aspp3.bn": "aspp.branches.2.1",
+    "aspp.aspp4.atrous_conv": "aspp.branches.3.0",
+    "aspp.aspp4.bn": "aspp.branches.3.1",
+    "aspp.global_avg_pool.1": "aspp.image_pool.1.0",
+    "aspp.global_avg_pool.2": "aspp.image_pool.1.1",
+    "aspp.conv1": "aspp.project.0.0",
+    "aspp.bn1": "aspp.project.0.1",
+    "fc8_skip": "skip",
+    "fc8_x": "fuse",
+    "shallow_mask.fc_deep": "gci.deep",
+    "shallow_mask.fc_skip": "gci.shallow",
+    "shallow_mask.fc_cls": "gci.project",
+    "last_conv.0": "decoder.0.0",
+    "last_conv.1": "decoder.0.1",
+    "last_conv.4": "decoder.2.0",
+    "last_conv.5": "decoder.2.1",
+    "last_conv.8": "decoder.4",
+}
+PAMR_PREFIX = "_aff."  # fixed kernels of the published PAMR: ours has none
+
+
+def load_released_checkpoint(model: SingleStageNet, checkpoint: Path | str | Mapping[str, Any]) -> None:
+    """Load the published network's weights; every key of the checkpoint and of the model is accounted for.
+
+    Args:
+        model: with the backbone, the number of classes and the channels (256) of the checkpoint.
+        checkpoint: a file, or what such a file holds: a state_dict, also under a key such as `model`, also with the
+            prefix `module.`.
+
+    Raises:
+        WeightsError: the file is missing or unreadable, or a key is missing, unknown or of another shape.
+    """
+    if isinstance(checkpoint, Mapping):
+        weights = unwrap_state_dict(checkpoint, "the checkpoint")
+    else:
+        weights = read_state_dict(Path(checkpoint))
+    renamed = {rename_key(key): value for key, value in weights.items() if not key.startswith(PAMR_PREFIX)}
+    load_strictly(model, renamed, "the checkpoint does not fit the model")
+
+
+def rename_key(key: str) -> str:
+    """Return our name of a key of the published network."""
+    for published, ours in MODULES.items():
+        if key.startswith(published + "."):
+            return ours + key.removeprefix(published)
+    return "backbone." + key

@@ -1,0 +1,107 @@
+"""Backbones: strides, channels, names, what is frozen, and files of weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from voc.backbones import BACKBONES, VGG16, ResNet50, WeightsError, build_backbone, pretrained_backbone
+
+STRIDES = {"efficientnet_lite0": 16, "wide_resnet38": 8, "vgg16": 8, "resnet50": 16, "resnet101": 16}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("size", [(32, 48), (37, 21), (1, 1)])
+def test_strides_and_channels(name: str, size: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(name)
+        conv3, conv6 = backbone(torch.empty(2, 3, *size))
+    assert conv3.shape == (2, backbone.conv3_channels, *(-(-side // 4) for side in size))
+    assert conv6.shape == (2, backbone.conv6_channels, *(-(-side // STRIDES[name]) for side in size))
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"),
+    [
+        ("efficientnet_lite0", {"_conv_stem", "_blocks.0"}),
+        ("wide_resnet38", {"conv1a", "b2", "b2_1", "b2_2"}),
+        ("vgg16", {"conv1_1", "conv1_2"}),
+        ("resnet50", {"conv1", "bn1"}),
+        ("resnet101", {"conv1", "bn1"}),
+    ],
+)
+def test_frozen_modules(name: str, frozen: set[str]) -> None:
+    with torch.device("meta"):
+        backbone = build_backbone(name)
+    modules = backbone.frozen_modules()
+    assert {key for key, module in backbone.named_modules() if any(module is other for other in modules)} == frozen
+
+
+def test_resnet_has_the_names_of_torchvision() -> None:
+    with torch.device("meta"):
+        keys = set(ResNet50().state_dict())
+    block = [f"{kind}{i}" for i in (1, 2, 3) for kind in ("conv", "bn")]
+    modules = {"conv1", "bn1"}
+    for layer, count in enumerate((3, 4, 6, 3), start=1):
+        modules |= {f"layer{layer}.{index}.{name}" for index in range(count) for name in block}
+        modules |= {f"layer{layer}.0.downsample.{i}" for i in (0, 1)}
+    assert {key.rsplit(".", maxsplit=1)[0] for key in keys} == modules
+
+
+def torchvision_vgg16() -> dict[str, Tensor]:
+    """Return weights under torchvision's names: layer numbers count ReLU and pooling too."""
+    weights, position, in_channels = {}, 0, 3
+    for count, channels in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
+        for _ in range(count):
+            weights[f"features.{position}.weight"] = torch.randn(channels, in_channels, 3, 3)
+            weights[f"features.{position}.bias"] = torch.randn(channels)
+            in_channels = channels
+            position += 2
+        position += 1
+    assert position == 31
+    for index, shape in ((0, (4096, 512 * 49)), (3, (4096, 4096)), (6, (1000, 4096))):
+        weights[f"classifier.{index}.weight"] = torch.empty(shape)
+        weights[f"classifier.{index}.bias"] = torch.arange(float(shape[0]))
+    return weights
+
+
+def test_vgg16_takes_the_file_of_torchvision() -> None:
+    weights = torchvision_vgg16()
+    weights["classifier.0.weight"][8, 5 * 49 + 3 * 7 + 6] = 42.0  # unit 8, channel 5, position (3, 6)
+    weights["classifier.3.weight"][4, 12] = 43.0
+    with torch.device("meta"):
+        backbone = VGG16()
+    renamed = backbone.rename_weights(weights)
+    assert {key: value.shape for key, value in renamed.items()} == {
+        key: value.shape for key, value in backbone.state_dict().items()
+    }
+    assert torch.equal(renamed["conv3_2.weight"], weights["features.12.weight"])
+    assert renamed["fc6.weight"][2, 5, 1, 2] == 42.0
+    assert renamed["fc6.bias"][2] == 8.0
+    assert renamed["fc7.weight"][1, 3, 0, 0] == 43.0
+
+
+def test_a_file_of_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = build_backbone("resnet50")
+    weights = {f"module.{key}": value for key, value in source.state_dict().items() if "num_batches" not in key}
+    path = tmp_path / "resnet50.pth"
+    torch.save({"state_dict": {**weights, "module.fc.weight": torch.zeros(1000, 2048)}}, path)
+    loaded = pretrained_backbone("resnet50", path).state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in source.state_dict().items())
+    with pytest.raises(WeightsError, match="does not fit ResNet101: 306 missing"):
+        pretrained_backbone("resnet101", path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("wide_resnet38", "ilsvrc-cls_rna-a1_cls1000_ep-0001.pth"),
+        ("vgg16", "vgg16_20M.pth"),
+        ("resnet50", "resnet50-19c8e357.pth"),
+        ("resnet101", "resnet101-5d3b4d8f.pth"),
+    ],
+)
+def test_missing_weights_are_named(name: str, file: str) -> None:
+    with pytest.raises(WeightsError, match=f"--backbone {name} needs --weights FILE.*{file}"):
+        pretrained_backbone(name)
