@@ -1,195 +1,259 @@
-"""Train a segmentation model from image-level labels: `python examples/train_voc.py [--data VOC_ROOT]`."""
+"""Train a segmentation model from image-level labels: `python examples/train_voc.py [--data VOC_ROOT]`.
 
-import argparse
+On several GPUs: `torchrun --nproc-per-node 4 examples/train_voc.py --data VOC_ROOT --preset paper`.
+"""
+
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-import tyro
+from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from voc.backbones import build_backbone
-from voc.checkpoints import save_checkpoint
+from voc.arguments import parse_arguments
+from voc.checkpoints import Network, build_model
 from voc.data import DataError, Sample, VOCDataset, load_split, load_split_with_masks, read_classes, read_split
-from voc.inference import multi_scale_masks, normalise, segment
-from voc.losses import classification_loss, segmentation_loss
-from voc.metrics import IoUMeter, iou_table, mean_iou, save_iou_csv
-from voc.model import CAMNet, SingleStageNet, freeze_norm_statistics
+from voc.distributed import GlobalBatchNoise
+from voc.evaluation import Group, draw, evaluate
+from voc.inference import normalise
+from voc.losses import classification_loss, confident_pixels, mask_loss, segmentation_loss
+from voc.metrics import iou_table, mean_iou, save_iou_csv
+from voc.model import Prediction, freeze_norm_statistics
 from voc.pseudo_labels import pseudo_labels
-from voc.settings import PRESETS, Settings
+from voc.settings import Settings
+from voc.state import LOSSES, TrainingState, checkpoint_to_resume
 from voc.toy import toy_voc
-from voc.training import build_loader, build_optimizer, choose_device, freeze, seed_everything
+from voc.training import (
+    AugmentedDataset,
+    GlobalBatches,
+    Interrupted,
+    StopRequest,
+    TrainingError,
+    build_loader,
+    mix_seed,
+    start_accelerator,
+)
 from voc.transforms import TrainTransform
-from voc.visualise import save_curves, save_overlays
+from voc.visualise import overlay_figure, save_curves
 
 from wsseg_layers import PAMR
-
-CAM_BACKGROUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
-
-History = list[dict[str, float]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the whole job: data, baseline, model, table and pictures. Returns the exit code."""
     try:
         settings = parse_arguments(argv)
-        device = choose_device(settings.device)
-        train_set, val_set = load_data(settings)
+        accelerator = start_accelerator(settings)
+        train_set, val_set = load_data(settings, accelerator)
+        # A file that is missing or damaged is said now, before any work.
+        build_model(settings, len(train_set.split.classes))
+        for variant in variants(settings):
+            checkpoint_to_resume(variant)
         settings.output.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:  # DataError is a ValueError
+    except (ValueError, OSError) as error:  # the errors of data, weights and checkpoints are ValueErrors
         print(f"train_voc.py: error: {error}", file=sys.stderr)
         return 2
-    (settings.output / "settings.json").write_text(json.dumps(settings.to_json(), indent=2) + "\n")
-    classes = ("background", *train_set.split.classes)
-    print(f"{len(train_set)} training images, {len(val_set)} test images, {len(classes) - 1} classes, on {device}")
-    rows = [classes.index(name) for name in settings.table_classes] or range(len(classes))
-
-    started = time.perf_counter()
-    results: dict[str, Tensor] = {}
-    histories: dict[str, History] = {}
-    if settings.baseline:
-        seed_everything(settings.seed)
-        baseline = CAMNet(build_backbone(settings.backbone), len(classes) - 1)
-        histories["CAM-GAP"] = train(baseline, train_set, val_set, settings, device)
-        # The baseline is shown at the background score that suits it best, found on the test images themselves.
-        candidates = evaluate(baseline, val_set, settings, device)
-        best = max(candidates, key=lambda name: mean_iou(candidates[name], rows))
-        results[best] = candidates[best]
-
-    seed_everything(settings.seed)
-    backbone = build_backbone(settings.backbone)
-    model = SingleStageNet(backbone, len(classes) - 1, settings.channels, settings.mixing_rate)
-    histories["ours"] = train(model, train_set, val_set, settings, device)
-    results |= evaluate(model, val_set, settings, device)
-
-    minutes = (time.perf_counter() - started) / 60
-    table = iou_table(classes, results, rows)
-    print(f"\nIoU (%) on {len(val_set)} test images, after {minutes:.1f} minutes\n\n{table}\n")
-    (settings.output / "iou.md").write_text(table + "\n")
-    save_iou_csv(settings.output / "iou.csv", classes, results)
-    save_curves(settings.output / "curves.png", histories, settings.classification_epochs)
-    draw_examples(model, val_set, settings, device)
-    print(f"checkpoint, table, curves and overlays: {settings.output}")
+    try:
+        run(settings, train_set, val_set, accelerator)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        how = f"go on with: python examples/train_voc.py --resume {settings.output}"
+        print(f"\n{str(stop) or 'stopped'}; {how}", file=sys.stderr)
+        return 130
+    except (TrainingError, ValueError, OSError) as error:
+        print(f"\ntrain_voc.py: error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        accelerator.end_training()
     return 0
 
 
-def parse_arguments(argv: Sequence[str] | None) -> Settings:
-    """Read the command line; `--preset` and `--data` decide which defaults the other arguments have."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--preset", choices=PRESETS)
-    peek.add_argument("--data")
-    chosen, _ = peek.parse_known_args(argv)
-    preset = chosen.preset or ("toy" if chosen.data is None else "photographs")
-    return tyro.cli(Settings, default=PRESETS[preset], args=argv)
-
-
-def load_data(settings: Settings) -> tuple[VOCDataset, VOCDataset]:
-    """Return the training set (images and labels) and the test set (images and masks)."""
-    root = toy_voc(settings.output / "data", seed=settings.seed) if settings.data is None else settings.data
+def load_data(settings: Settings, accelerator: Accelerator) -> tuple[VOCDataset, VOCDataset]:
+    """Return the training set (images and labels, or masks) and the test set (images and masks)."""
+    root = settings.data
+    if root is None:
+        with accelerator.main_process_first():
+            root = toy_voc(settings.output / "data", seed=settings.seed)
     classes = read_classes(root)
     unknown = [name for name in settings.table_classes if name not in ("background", *classes)]
     if unknown:
         raise DataError(f"--table-classes: unknown class {unknown[0]!r}; known: background, {', '.join(classes)}")
-    train_split = load_split(root, read_split(root, "train_aug", "train"), classes, settings.labels)
+    names = read_split(root, "train_aug", "train")
+    if settings.supervision == "masks":
+        train_split = load_split_with_masks(root, names, classes, settings.masks)
+    else:
+        train_split = load_split(root, names, classes, settings.labels)
     val_split = load_split_with_masks(root, read_split(root, "val"), classes)
-    return VOCDataset(train_split, TrainTransform(settings.crop_size)), VOCDataset(val_split)
+    return VOCDataset(train_split), VOCDataset(val_split)
 
 
-def train(
-    model: SingleStageNet | CAMNet, train_set: VOCDataset, val_set: VOCDataset, settings: Settings, device: torch.device
-) -> History:
-    """Train for all epochs: classification first, then, for the single-stage model, with self-supervision."""
-    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
-    freeze(model)
-    optimizer = build_optimizer(model, settings.lr, settings.weight_decay)
-    loader = build_loader(train_set, settings.batch_size, settings.workers, settings.seed)
-    is_ours = isinstance(model, SingleStageNet)
-    pamr = PAMR(num_iter=settings.pamr_iterations, resize="image").to(device)
+def run(settings: Settings, train_set: VOCDataset, val_set: VOCDataset, accelerator: Accelerator) -> None:
+    """Train the baseline and the model, then write table and pictures."""
+    classes = ("background", *train_set.split.classes)
+    rows = [classes.index(name) for name in settings.table_classes] or range(len(classes))
+    device, is_main = accelerator.device, accelerator.is_main_process
+    group = Group(accelerator.process_index, accelerator.num_processes)
+    if is_main:
+        (settings.output / "settings.json").write_text(json.dumps(settings.to_json(), indent=2) + "\n")
+        print(f"{len(train_set)} training images, {len(val_set)} test images, {len(classes) - 1} classes, on {device}")
+    started = time.perf_counter()
+    results: dict[str, Tensor] = {}
+    histories: dict[str, list[dict[str, float]]] = {}
+    for variant in variants(settings):
+        state = TrainingState(variant, train_set.split.classes, accelerator)
+        train(state, train_set, val_set)
+        ious = evaluate(state.network, val_set, variant, device, group)
+        # CAM-GAP is shown at the authors' background score, which is the first, and at the one that suits it best on
+        # the test images themselves; for our model both are its only column.
+        first, *_ = ious
+        best = max(ious, key=lambda name: mean_iou(ious[name], rows))
+        results |= {name: ious[name] for name in (first, best)}
+        histories[state.name] = state.history
+    if is_main:
+        minutes = (time.perf_counter() - started) / 60
+        table = iou_table(classes, results, rows)
+        print(f"\nIoU (%) on {len(val_set)} test images, after {minutes:.1f} minutes\n\n{table}\n")
+        (settings.output / "iou.md").write_text(table + "\n")
+        save_iou_csv(settings.output / "iou.csv", classes, results)
+        save_curves(settings.output / "curves.png", histories, settings.classification_epochs)
+        pictures = draw(state.network, val_set, settings, device)
+        overlay_figure(pictures.images, pictures.masks).savefig(settings.output / "overlays.png", dpi=110)
+        print(f"checkpoints, table, curves and overlays: {settings.output}")
+
+
+def variants(settings: Settings) -> list[Settings]:
+    """Return the settings of the networks to train, one after the other: the baseline, if wanted, and the model."""
+    if settings.baseline and settings.model == "single_stage" and settings.supervision == "labels":
+        return [replace(settings, model="cam"), settings]
+    return [settings]
+
+
+def train(state: TrainingState, train_set: VOCDataset, val_set: VOCDataset) -> None:
+    """Train one network for the epochs that are left.
+
+    From image-level labels: classification first, then, for the single-stage model, with self-supervision.
+    """
+    settings, accelerator = state.settings, state.accelerator
+    group = Group(accelerator.process_index, accelerator.num_processes)
+    model, optimizer = accelerator.prepare(state.network, state.optimizer)
+    augmented = AugmentedDataset(train_set, TrainTransform(settings.crop_size))
     curve_set = VOCDataset(val_set.split.first(settings.curve_images))
-    history = []
-    for epoch in range(1, settings.epochs + 1):
-        self_supervised = is_ours and epoch > settings.classification_epochs
-        name = f"{'ours' if is_ours else 'CAM-GAP'} {epoch}/{settings.epochs}"
-        losses = train_epoch(model, loader, optimizer, pamr if self_supervised else None, device, name)
-        if isinstance(model, SingleStageNet):
-            save_checkpoint(settings.output / "last.pt", model, settings, train_set.split.classes, epoch)
-        ious = evaluate(model, curve_set, replace(settings, scales=(1.0,)), device, flip=False)
-        history.append({**losses, "miou": max(mean_iou(iou) for iou in ious.values())})
-        print(f"{name}: loss {losses['loss']:.3f}, mean IoU {history[-1]['miou']:.1f} % on {len(curve_set)} images")
-    return history
+    writer = SummaryWriter(str(settings.output / "tensorboard" / settings.model)) if group.rank == 0 else None
+    while state.epoch <= settings.epochs:
+        epoch = state.epoch
+        train_epoch(state, model, optimizer, augmented, writer)
+        ious = evaluate(state.network, curve_set, settings, accelerator.device, group, scales=(1.0,), flip=False)
+        state.end_epoch(max(mean_iou(iou) for iou in ious.values()))
+        if writer is not None:
+            now = state.history[-1]
+            print(
+                f"{state.name} {epoch}/{settings.epochs}: loss {now['loss']:.3f}, "
+                f"mean IoU {now['miou']:.1f} % on {len(curve_set)} images"
+            )
+            writer.add_scalar("mean IoU", now["miou"], epoch)
+            pictures = draw(state.network, curve_set, replace(settings, scales=(1.0,)), accelerator.device, count=4)
+            writer.add_figure("masks", overlay_figure(pictures.images, pictures.masks), epoch)
+            writer.flush()
+    if writer is not None:
+        writer.close()
 
 
 def train_epoch(
-    model: SingleStageNet | CAMNet,
-    loader: DataLoader[Sample],
+    state: TrainingState,
+    model: Network,
     optimizer: torch.optim.Optimizer,
-    pamr: PAMR | None,
-    device: torch.device,
-    name: str,
-) -> dict[str, float]:
-    """Train one epoch, with the segmentation loss where `pamr` is given; return the mean losses."""
+    dataset: AugmentedDataset,
+    writer: SummaryWriter | None,
+) -> None:
+    """Train for the steps that are left of one epoch. Ctrl-C ends it after a step, with the state saved."""
+    settings, accelerator, epoch = state.settings, state.accelerator, state.epoch
+    batches = GlobalBatches(
+        len(dataset), settings.batch_size, settings.seed, epoch, state.step,
+        accelerator.process_index, accelerator.num_processes,
+    )  # fmt: skip
+    stopped = 0.0
     model.train()
-    freeze_norm_statistics(model)
-    sums = {"loss": 0.0, "classification": 0.0, "segmentation": 0.0}
-    images = min(len(loader) * (loader.batch_size or 1), len(loader.dataset))  # type: ignore[arg-type]  # VOCDataset is Sized
-    with tqdm(total=images, desc=name, unit="img") as progress:
-        for batch in loader:
-            image, labels = batch.image.to(device), batch.labels.to(device)
-            prediction = model(normalise(image, model.backbone))
-            classification = classification_loss(prediction.class_scores, labels)
-            segmentation = torch.zeros_like(classification)
-            if pamr is not None:
-                refined = pamr(image, prediction.masks.detach())
-                target = pseudo_labels(refined, labels)
-                segmentation = segmentation_loss(prediction.logits, target)
-            loss = classification + segmentation
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            for key, value in zip(sums, (loss, classification, segmentation), strict=True):
-                sums[key] += value.item() / len(loader)
-            progress.update(len(image))
-            progress.set_postfix(cls=f"{classification.item():.3f}", seg=f"{segmentation.item():.3f}")
+    freeze_norm_statistics(state.network)
+    bar = tqdm(
+        desc=f"{state.name} {epoch}/{settings.epochs}",
+        total=settings.batch_size * batches.steps.stop,
+        initial=settings.batch_size * state.step,
+        unit="img",
+        disable=writer is None,
+    )
+    with bar, StopRequest() as stop:
+        for batch in build_loader(dataset, batches, settings.workers):
+            torch.manual_seed(mix_seed(settings.seed, epoch, state.step))
+            losses = train_step(state, model, optimizer, batch)
+            state.step += 1
+            # All processes must agree on the losses and on whether to stop: one reduction for both.
+            wish = losses.new_tensor([float(stop.requested)])
+            *means, stopped = accelerator.reduce(torch.cat([losses, wish]), reduction="mean").tolist()
+            check_finite(means, batch, state)
+            state.sums = [total + mean for total, mean in zip(state.sums, means, strict=True)]
+            bar.update(settings.batch_size)
+            bar.set_postfix(cls=f"{means[1]:.3f}", seg=f"{means[2]:.3f}")
+            if writer is not None:
+                for name, mean in zip(LOSSES, means, strict=True):
+                    writer.add_scalar(name, mean, (epoch - 1) * batches.steps.stop + state.step)
+            if stopped:
+                break
+    state.save()
+    if stopped:
+        raise Interrupted(f"stopped in epoch {epoch} after step {state.step}")
+
+
+def train_step(state: TrainingState, model: Network, optimizer: torch.optim.Optimizer, batch: Sample) -> Tensor:
+    """Train on one batch, this process's share of it, in `accumulate` passes; return its mean losses, as in LOSSES."""
+    settings, accelerator = state.settings, state.accelerator
+    noise = GlobalBatchNoise(accelerator.process_index, accelerator.num_processes)
+    passes = list(zip(*(part.to(accelerator.device).chunk(settings.accumulate) for part in batch[1:]), strict=True))
+    sums = torch.zeros(len(LOSSES), device=accelerator.device)
+    optimizer.zero_grad()
+    for index, (image, labels, mask) in enumerate(passes, start=1):
+        with nullcontext() if index == len(passes) else accelerator.no_sync(model):
+            with noise:
+                prediction = model(normalise(image, state.network.backbone))
+            classification, segmentation = losses_of(state, prediction, image, labels, mask)
+            loss = (classification + segmentation) / len(passes)
+            accelerator.backward(loss)
+        sums += torch.stack([loss, classification / len(passes), segmentation / len(passes)]).detach()
+    optimizer.step()
     return sums
 
 
-def evaluate(
-    model: SingleStageNet | CAMNet, dataset: VOCDataset, settings: Settings, device: torch.device, flip: bool = True
-) -> dict[str, Tensor]:
-    """Return the IoU per class in percent: of the single-stage model, or of CAM-GAP for each of several backgrounds."""
-    model.eval()
-    is_ours = isinstance(model, SingleStageNet)
-    names = ["ours"] if is_ours else [f"CAM-GAP (background {score})" for score in CAM_BACKGROUNDS]
-    meters = {name: IoUMeter(1 + len(dataset.split.classes)) for name in names}
-    for sample in tqdm(map(dataset.__getitem__, range(len(dataset))), "evaluating", len(dataset), leave=False):
-        masks, probabilities = multi_scale_masks(model, sample.image.to(device), settings.scales, flip)
-        backgrounds = [masks[0] ** settings.background_power] if is_ours else masks.new_tensor(CAM_BACKGROUNDS)
-        for meter, background in zip(meters.values(), backgrounds, strict=True):
-            masks[0] = background
-            meter.update(segment(masks, probabilities, settings.min_probability).cpu(), sample.mask)
-    return {name: meter.iou() for name, meter in meters.items()}
+def losses_of(
+    state: TrainingState, prediction: Prediction, image: Tensor, labels: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return classification and segmentation loss; one of them may be zero at this stage of the training."""
+    settings, accelerator = state.settings, state.accelerator
+
+    def mean_confident(target: Tensor) -> Tensor:
+        return accelerator.reduce(confident_pixels(target).float(), reduction="mean")
+
+    if settings.supervision == "masks":
+        segmentation = mask_loss(prediction.logits, mask, mean_confident(mask))
+        return torch.zeros_like(segmentation), segmentation
+    classification = classification_loss(prediction.class_scores, labels)
+    if settings.model == "cam" or state.epoch <= settings.classification_epochs:
+        return classification, torch.zeros_like(classification)
+    pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, resize="image")
+    target = pseudo_labels(pamr(image, prediction.masks.detach()), labels)
+    return classification, segmentation_loss(prediction.logits, target, mean_confident(target))
 
 
-def draw_examples(
-    model: SingleStageNet, dataset: VOCDataset, settings: Settings, device: torch.device, count: int = 6
-) -> None:
-    """Save the first images with their predicted mask, pseudo label and ground truth side by side."""
-    model.eval()
-    pamr = PAMR(num_iter=settings.pamr_iterations).to(device)
-    samples = [dataset[index] for index in range(min(count, len(dataset)))]
-    columns: dict[str, list[Tensor]] = {"mask": [], "pseudo label": [], "ground truth": []}
-    for sample in samples:
-        masks, probabilities = multi_scale_masks(model, sample.image.to(device), settings.scales)
-        refined = pamr(sample.image[None].to(device), masks[None])
-        masks[0] **= settings.background_power
-        columns["mask"].append(segment(masks, probabilities, settings.min_probability).cpu())
-        columns["pseudo label"].append(pseudo_labels(refined, sample.labels[None].to(device))[0].cpu())
-        columns["ground truth"].append(sample.mask)
-    save_overlays(settings.output / "overlays.png", [sample.image for sample in samples], columns)
+def check_finite(means: Sequence[float], batch: Sample, state: TrainingState) -> None:
+    """Stop at a loss that is NaN or infinite; the names of the images are written beside the checkpoints."""
+    if all(map(math.isfinite, means)):
+        return
+    path = state.settings.output / f"not_finite_{state.accelerator.process_index}.json"
+    path.write_text(json.dumps({"epoch": state.epoch, "step": state.step, "images": list(batch.name)}, indent=2))
+    raise TrainingError(f"the loss is {means[0]} in epoch {state.epoch}, step {state.step}; its images: {path}")
 
 
 if __name__ == "__main__":

@@ -1,36 +1,96 @@
 """Checkpoints: written whole or not at all, read without executing anything."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .backbones import build_backbone
-from .model import SingleStageNet
+from .backbones import Backbone, build_backbone, pretrained_backbone
+from .model import CAMNet, SingleStageNet
 from .settings import Settings
 
+Network = SingleStageNet | CAMNet
 
-def save_checkpoint(path: Path, model: SingleStageNet, settings: Settings, classes: Sequence[str], epoch: int) -> None:
-    """Write the model and what is needed to build it again. An older file at `path` survives a failed write."""
-    checkpoint: dict[str, Any] = {
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another kind; the message says which file."""
+
+
+class Trained(NamedTuple):
+    """A trained network in eval mode, the names of its classes (without background), and how it was trained."""
+
+    model: Network
+    classes: tuple[str, ...]
+    settings: Settings
+
+
+def build_model(settings: Settings, num_classes: int, backbone: Backbone | None = None) -> Network:
+    """Build the network that the settings describe, on a backbone with ImageNet weights unless one is given."""
+    if backbone is None:
+        backbone = pretrained_backbone(settings.backbone, settings.weights)
+    if settings.model == "cam":
+        return CAMNet(backbone, num_classes)
+    return SingleStageNet(
+        backbone,
+        num_classes,
+        settings.channels,
+        settings.mixing_rate,
+        settings.gate,
+        settings.gci,
+        settings.penalty_power,
+        settings.penalty_weight,
+    )
+
+
+def save_checkpoint(
+    path: Path, model: Network, settings: Settings, classes: Sequence[str], progress: Mapping[str, Any]
+) -> None:
+    """Write the model, what is needed to build it again, and the training's progress.
+
+    An older file at `path` survives a write that fails or is cut off.
+    """
+    checkpoint = {
         "model": model.state_dict(),
         "settings": settings.to_json(),
         "classes": list(classes),
-        "epoch": epoch,
+        "progress": dict(progress),
     }
     partial = path.with_name(path.name + ".partial")
-    torch.save(checkpoint, partial)
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise OSError(f"cannot write checkpoint {path}: {str(error).splitlines()[0]}") from error
 
 
-def load_model(path: Path) -> tuple[SingleStageNet, tuple[str, ...]]:
-    """Build the model of a checkpoint, in eval mode, and return it with its class names."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    settings = checkpoint["settings"]
-    classes = tuple(checkpoint["classes"])
-    backbone = build_backbone(settings["backbone"], pretrained=False)
-    model = SingleStageNet(backbone, len(classes), settings["channels"], settings["mixing_rate"])
-    model.load_state_dict(checkpoint["model"])
-    return model.eval(), classes
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote."""
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint not found: {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises what zip, pickle and its own reader raise: no common type
+        raise CheckpointError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
+    missing = {"model", "settings", "classes", "progress"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise CheckpointError(f"{path} is no checkpoint of train_voc.py: it has no {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+def load_trained(path: Path) -> Trained:
+    """Build the network of a checkpoint, in eval mode."""
+    checkpoint = read_checkpoint(path)
+    try:
+        settings = Settings.from_json(checkpoint["settings"])
+        classes = tuple(checkpoint["classes"])
+        model = build_model(settings, len(classes), build_backbone(settings.backbone))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit this version: {str(error).splitlines()[0]}") from error
+    return Trained(model.eval(), classes, settings)

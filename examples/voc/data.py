@@ -1,7 +1,7 @@
 """Pascal VOC in its own folder layout: splits, image-level labels, masks; all checked before training starts."""
 
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -56,11 +56,10 @@ class VOCSplit:
 
 
 class VOCDataset(Dataset[Sample]):
-    """Reads a split; `transform` is applied to the image alone, since training sees no masks."""
+    """Reads a split as it is."""
 
-    def __init__(self, split: VOCSplit, transform: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, split: VOCSplit) -> None:
         self.split = split
-        self.transform = transform
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -69,13 +68,10 @@ class VOCDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Read one image with its labels and, where the split has masks, its mask."""
         split = self.split
-        image = read_image(split.images[index])
         labels = torch.zeros(len(split.classes))
         labels[list(split.labels[index])] = 1
         mask = read_mask(split.masks[index]) if split.masks else np.empty((0, 0), np.uint8)
-        if self.transform is not None:
-            image = self.transform(image)
-        return Sample(split.names[index], image, labels, torch.from_numpy(mask).long())
+        return Sample(split.names[index], read_image(split.images[index]), labels, torch.from_numpy(mask).long())
 
 
 def load_split(root: Path, names: Sequence[str], classes: Sequence[str], labels_file: Path | None = None) -> VOCSplit:
@@ -94,9 +90,11 @@ def load_split(root: Path, names: Sequence[str], classes: Sequence[str], labels_
     return VOCSplit(tuple(classes), tuple(names), images, labels)
 
 
-def load_split_with_masks(root: Path, names: Sequence[str], classes: Sequence[str]) -> VOCSplit:
-    """Find the images and masks of an evaluation split; its labels are those of the masks."""
-    images, masks = find_images(root, names), find_masks(root, names)
+def load_split_with_masks(
+    root: Path, names: Sequence[str], classes: Sequence[str], folder: Path | None = None
+) -> VOCSplit:
+    """Find the images of a split and their masks, in `folder` if one is given; its labels are those of the masks."""
+    images, masks = find_images(root, names), find_masks(root, names, folder)
     labels = labels_from_masks(masks, classes)
     for image, mask in zip(images, masks, strict=True):
         with Image.open(image) as opened_image, Image.open(mask) as opened_mask:
@@ -177,13 +175,14 @@ def find_images(root: Path, names: Sequence[str]) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def find_masks(root: Path, names: Sequence[str]) -> tuple[Path, ...]:
-    """Return the mask files of `names`: VOC's own where there is one, else that of the augmented set."""
-    if not any((root / folder).is_dir() for folder in MASK_FOLDERS):
-        raise DataError(f"no masks: looked for a folder {' or '.join(MASK_FOLDERS)} in {root}")
+def find_masks(root: Path, names: Sequence[str], folder: Path | None = None) -> tuple[Path, ...]:
+    """Return the mask files of `names`: in `folder`, or else VOC's own, or else that of the augmented set."""
+    folders = [root / name for name in MASK_FOLDERS] if folder is None else [folder]
+    if not any(path.is_dir() for path in folders):
+        raise DataError(f"no masks: looked for a folder {' or '.join(map(str, folders))}")
     paths = []
     for name in names:
-        candidates = [root / folder / f"{name}.png" for folder in MASK_FOLDERS]
+        candidates = [path / f"{name}.png" for path in folders]
         path = first_file(candidates)
         if path is None:
             raise DataError(f"mask not found: looked for {' and '.join(str(path) for path in candidates)}")

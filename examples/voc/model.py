@@ -1,6 +1,6 @@
 """The segmentation network (Figures 3 and 7 of the paper) and the CAM-GAP baseline. No loss is known here."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,14 +60,28 @@ class ASPP(nn.Module):
 class SingleStageNet(nn.Module):
     """Backbone, ASPP, skip from conv3, global cue injection, stochastic gate, decoder, nGWP and focal size penalty."""
 
-    def __init__(self, backbone: Backbone, num_classes: int, channels: int = 256, mixing_rate: float = 0.3) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        channels: int = 256,
+        mixing_rate: float = 0.3,
+        gate: Literal["stochastic", "deterministic"] = "stochastic",
+        gci: bool = True,
+        penalty_power: float = 3.0,
+        penalty_weight: float = 0.01,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.aspp = ASPP(backbone.conv6_channels, channels, backbone.aspp_dilations)
         self.skip = conv_bn_relu(backbone.conv3_channels, SKIP_CHANNELS, 1)
         self.fuse = conv_bn_relu(channels + SKIP_CHANNELS, channels, 3)
-        self.gci = GCI(channels, shallow_channels=backbone.conv3_channels, norm="batch")
-        self.gate = StochasticGate(mixing_rate)
+        self.gci = (
+            GCI(channels, shallow_channels=backbone.conv3_channels, norm="batch")
+            if gci
+            else NoCues(backbone.conv3_channels, channels)
+        )
+        self.gate = StochasticGate(mixing_rate, gate)
         self.decoder = nn.Sequential(
             conv_bn_relu(channels, channels, 3),
             nn.Dropout(0.5),
@@ -76,7 +90,7 @@ class SingleStageNet(nn.Module):
             nn.Conv2d(channels, num_classes, 1),
         )
         self.pool = nGWPPool()
-        self.size_penalty = FocalSizePenalty()
+        self.size_penalty = FocalSizePenalty(penalty_power, penalty_weight) if penalty_weight else None
         initialise(self.new_modules())
 
     def new_modules(self) -> list[nn.Module]:
@@ -98,8 +112,21 @@ class SingleStageNet(nn.Module):
         logits = torch.cat([background, scores], dim=1)
         masks = logits.softmax(dim=1)
         foreground = masks[:, 1:]
-        class_scores = self.pool(scores, foreground) + self.size_penalty(foreground)  # eq. 13
+        class_scores = self.pool(scores, foreground)
+        if self.size_penalty is not None:
+            class_scores = class_scores + self.size_penalty(foreground)  # eq. 13
         return Prediction(class_scores, logits, masks)
+
+
+class NoCues(nn.Sequential):
+    """What stands for GCI in its ablation (Table 1c): the shallow features, brought to the deep ones' channels."""
+
+    def __init__(self, shallow_channels: int, channels: int) -> None:
+        super().__init__(*conv_bn_relu(shallow_channels, channels, 1))
+
+    def forward(self, shallow: Tensor, _deep: Tensor) -> Tensor:
+        """Map [B, shallow_channels, h, w] to [B, channels, h, w], whatever the deep features are."""
+        return super().forward(shallow)
 
 
 class CAMNet(nn.Module):

@@ -1,6 +1,7 @@
 """The settings of a training run: every field is a command-line argument; its comment is that argument's help."""
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,11 @@ MINIMA = {
     "crop_size": 32,
     "lr": 0,
     "weight_decay": 0,
+    "accumulate": 1,
+    "penalty_power": 0,
+    "penalty_weight": 0,
     "pamr_iterations": 0,
+    "pamr_dilations": 1,
     "scales": 0.1,
     "min_probability": 0,
     "background_power": 0,
@@ -42,7 +47,14 @@ class Settings:
     GPU); `auto` is `toy` without --data and `photographs` with it."""
 
     output: Path = Path("runs/voc")
-    """Folder for checkpoints, table, plot and overlays."""
+    """Folder for checkpoints, table, plot, overlays and TensorBoard's files."""
+
+    resume: Path | None = None
+    """Go on with the run in this folder from where it stopped, or from one of its checkpoints. Its settings are
+    taken over; other arguments override them."""
+
+    keep_checkpoints: bool = False
+    """Keep a checkpoint of every epoch, not only the last."""
 
     device: str = "auto"
     """`auto` (cuda, then mps, then cpu) or any name that torch.device takes."""
@@ -50,14 +62,38 @@ class Settings:
     seed: int = 0
     """Seed of weights, data order, augmentation and stochastic gate."""
 
-    backbone: Literal["efficientnet_lite0"] = "efficientnet_lite0"
-    """Pre-trained network; its ImageNet weights come with a pip package."""
+    backbone: Literal["efficientnet_lite0", "wide_resnet38", "vgg16", "resnet50", "resnet101"] = "efficientnet_lite0"
+    """Pre-trained network. The ImageNet weights of EfficientNet-Lite0 come with a pip package."""
+
+    weights: Path | None = None
+    """File of the backbone's ImageNet weights: torchvision's, or those of the paper's authors."""
 
     channels: int = 256
     """Width of ASPP and decoder (256 in the paper)."""
 
+    model: Literal["single_stage", "cam"] = "single_stage"
+    """The paper's network, or the CAM-GAP baseline alone."""
+
+    supervision: Literal["labels", "masks"] = "labels"
+    """Train from image-level labels, or, as a second stage (Table 8), from masks."""
+
+    masks: Path | None = None
+    """Folder of the masks for --supervision masks, one PNG an image; default: those of the data set."""
+
     mixing_rate: float = 0.3
-    """Psi of the stochastic gate, eq. 9 (0.3 in the paper)."""
+    """Psi of the stochastic gate, eq. 9 (0.3 in the paper); 0 trains without the gate."""
+
+    gate: Literal["stochastic", "deterministic"] = "stochastic"
+    """Draw the shallow features, eq. 9, or mix them, eq. 10, in training (Table 1c)."""
+
+    gci: bool = True
+    """Inject global cues into the shallow features, eq. 11 (Table 1c)."""
+
+    penalty_power: float = 3.0
+    """p of the focal size penalty, eq. 5 (Table 1a)."""
+
+    penalty_weight: float = 0.01
+    """Lambda of the focal size penalty, eq. 5 (Table 1a); 0 trains without the penalty."""
 
     epochs: int = 20
     """Passes over the training images (20 in the paper)."""
@@ -66,7 +102,13 @@ class Settings:
     """How many of them, first, without the segmentation loss (5 in the paper)."""
 
     batch_size: int = 16
-    """Images a step (16 in the paper)."""
+    """Images a step, over all processes (16 in the paper)."""
+
+    accumulate: int = 1
+    """Split every step's images into so many passes, for a card on which they do not fit at once."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the network; weights stay in fp32."""
 
     crop_size: int = 321
     """Side of the training crops in pixels (321 in the paper)."""
@@ -79,6 +121,9 @@ class Settings:
 
     pamr_iterations: int = 10
     """Iterations of PAMR (10 in the paper); 0 trains on unrefined masks."""
+
+    pamr_dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
+    """Dilations of PAMR, in pixels of a mask (1, 2, 4, 8, 12, 24 in the paper, for masks of 81 x 81)."""
 
     scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)
     """Scales of the test images; each is also looked at mirrored."""
@@ -113,7 +158,21 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings in types that JSON knows."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        return {
+            key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
+        """Return the settings that `to_json` wrote; those that are missing have their defaults."""
+        paths = {field.name for field in fields(cls) if "Path" in str(field.type)}
+        known: dict[str, Any] = {}
+        for key, value in values.items():
+            if key in paths and value is not None:
+                value = Path(value)
+            known[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**known)
 
 
 PAPER = Settings()
@@ -125,11 +184,29 @@ PHOTOGRAPHS = replace(
     epochs=6,
     classification_epochs=2,
     crop_size=193,
-    scales=(1.0,),
+    # Masks are 49 x 49: PAMR as far-reaching as the paper's blurs them, and spoils the pseudo labels by 10 points.
+    pamr_dilations=(1, 2, 4, 8),
+    scales=(0.5, 1.0, 1.5),
     background_power=2.0,
     output=Path("runs/photographs"),
 )
 
-TOY = replace(PHOTOGRAPHS, epochs=9, classification_epochs=3, crop_size=129, output=Path("runs/toy"))
+TOY = replace(PHOTOGRAPHS, epochs=9, classification_epochs=3, crop_size=129, scales=(1.0,), output=Path("runs/toy"))
 
 PRESETS = {"toy": TOY, "photographs": PHOTOGRAPHS, "paper": PAPER}
+
+# Appendix F and the authors' configuration files.
+PAPER_BACKBONES: dict[str, dict[str, Any]] = {
+    "wide_resnet38": {"epochs": 24},
+    "vgg16": {"epochs": 32, "background_power": 1.0},
+    "resnet50": {"lr": 5e-4},
+    "resnet101": {},
+}
+
+
+def paper_settings(backbone: str) -> Settings:
+    """Return the paper's settings for a backbone."""
+    settings = replace(PAPER, backbone=backbone, **PAPER_BACKBONES.get(backbone, {}))
+    if backbone in ("vgg16", "resnet50", "resnet101"):
+        settings = replace(settings, crop_size=448, scales=(1.0, 0.75, 1.25, 1.5), min_probability=0.3)
+    return settings

@@ -21,7 +21,7 @@ def overlay(image: Tensor, mask: Tensor, opacity: float = 0.6) -> NDArray[np.flo
     return (1 - alpha) * pixels + alpha * colours
 
 
-def save_overlays(path: Path, images: Sequence[Tensor], columns: Mapping[str, Sequence[Tensor]]) -> None:
+def overlay_figure(images: Sequence[Tensor], columns: Mapping[str, Sequence[Tensor]]) -> Figure:
     """Draw a row an image: the image itself, then one overlay a column."""
     height_over_width = [image.shape[1] / image.shape[2] for image in images]
     figure = Figure(figsize=(2.4 * (1 + len(columns)), 2.4 * sum(height_over_width) + 0.3), layout="constrained")
@@ -34,7 +34,7 @@ def save_overlays(path: Path, images: Sequence[Tensor], columns: Mapping[str, Se
             axis.set_axis_off()
             if row == 0:
                 axis.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def save_curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], self_supervision: int) -> None:

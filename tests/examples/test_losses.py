@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from voc.data import IGNORE
-from voc.losses import classification_loss, segmentation_loss
+from voc.losses import classification_loss, confident_pixels, mask_loss, segmentation_loss
 from voc.pseudo_labels import pseudo_labels
 
 Array = NDArray[np.float64] | NDArray[np.int64]
@@ -75,12 +75,36 @@ def test_segmentation_loss(batch: int, classes: int, h: int, w: int, seed: int) 
     target = rng.integers(0, classes, (batch, h, w))
     target[rng.random((batch, h, w)) < 0.3] = IGNORE
     expected = balanced_cross_entropy(logits.double().softmax(1).numpy(), target)
-    assert segmentation_loss(logits, torch.tensor(target)).item() == pytest.approx(expected, abs=1e-5)
+    labels = torch.tensor(target)
+    assert segmentation_loss(logits, labels, confident_pixels(labels)).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_losses_of_two_halves_are_that_of_the_whole() -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(4, 3, 6, 5), torch.randint(0, 3, (4, 6, 5))
+    target[torch.rand(4, 6, 5) < 0.4] = IGNORE
+    mean = confident_pixels(target) / 2
+    for loss in (segmentation_loss, mask_loss):
+        halves = [loss(*half, mean).item() for half in zip(logits.chunk(2), target.chunk(2), strict=True)]
+        assert sum(halves) / 2 == pytest.approx(loss(logits, target, confident_pixels(target)).item(), rel=1e-5)
+
+
+@given(st.integers(1, 3), st.integers(2, 4), st.integers(1, 5), st.integers(0, 2**31))
+def test_mask_loss(batch: int, classes: int, size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = torch.tensor(rng.standard_normal((batch, classes, size, size)))
+    mask = rng.integers(0, classes, (batch, size, size))
+    mask[rng.random(mask.shape) < 0.3] = IGNORE
+    probability = logits.softmax(1).numpy()
+    terms = [-math.log(probability[b, c, i, j]) for (b, i, j), c in np.ndenumerate(mask) if c != IGNORE]
+    expected = sum(terms) / len(terms) if terms else 0.0
+    labels = torch.tensor(mask)
+    assert mask_loss(logits, labels, confident_pixels(labels)).item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_segmentation_loss_of_nothing_is_zero_and_has_a_gradient() -> None:
     logits = torch.randn(2, 3, 4, 4, requires_grad=True)
-    loss = segmentation_loss(logits, torch.full((2, 4, 4), IGNORE))
+    loss = segmentation_loss(logits, torch.full((2, 4, 4), IGNORE), torch.tensor(0))
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from voc.backbones import Backbone, EfficientNetLite0, build_backbone
+from voc.backbones import Backbone, EfficientNetLite0, build_backbone, pretrained_backbone
 from voc.inference import multi_scale_masks, normalise, segment
 from voc.model import ASPP, CAMNet, SingleStageNet, freeze_norm_statistics
 from voc.training import build_optimizer, freeze
@@ -149,13 +149,13 @@ def test_segment_by_hand() -> None:
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 65), (97, 66)])
 def test_efficientnet_strides(size: tuple[int, int]) -> None:
-    conv3, conv6 = EfficientNetLite0(pretrained=False).eval()(torch.randn(1, 3, *size))
+    conv3, conv6 = EfficientNetLite0().eval()(torch.randn(1, 3, *size))
     assert conv3.shape == (1, 24, -(-size[0] // 4), -(-size[1] // 4))
     assert conv6.shape == (1, 1280, -(-size[0] // 16), -(-size[1] // 16))
 
 
 def test_efficientnet_weights_are_those_of_imagenet() -> None:
-    backbone = build_backbone("efficientnet_lite0").eval()
+    backbone = pretrained_backbone("efficientnet_lite0").eval()
     # A network with random weights would leave BatchNorm's running statistics far from those of its own features.
     seen: list[Tensor] = []
     norm = backbone.get_submodule("_blocks.3._bn0")

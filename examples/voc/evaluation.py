@@ -1,0 +1,90 @@
+"""A network's masks on a test set: IoU per class, and pictures."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from wsseg_layers import PAMR
+
+from .checkpoints import Network
+from .data import VOCDataset
+from .inference import multi_scale_masks, normalise, segment
+from .metrics import IoUMeter
+from .model import CAMNet
+from .pseudo_labels import pseudo_labels
+from .settings import Settings
+
+CAM_BACKGROUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # the first is the authors'
+
+
+class Group(NamedTuple):
+    """The processes that share the work: this one's rank, and how many there are."""
+
+    rank: int
+    size: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: Network,
+    dataset: VOCDataset,
+    settings: Settings,
+    device: torch.device,
+    group: Group,
+    scales: Sequence[float] | None = None,
+    flip: bool = True,
+) -> dict[str, Tensor]:
+    """Return the IoU per class in percent: of the single-stage model, or of CAM-GAP for each of several backgrounds.
+
+    Each process looks at its share of the images; the result is that of all.
+    """
+    model.eval()
+    is_cam = isinstance(model, CAMNet)
+    names = [f"CAM-GAP (background {score})" for score in CAM_BACKGROUNDS] if is_cam else ["ours"]
+    meters = {name: IoUMeter(1 + len(dataset.split.classes)) for name in names}
+    for meter in meters.values():
+        meter.confusion.to(device)
+    indices = range(group.rank, len(dataset), group.size)
+    for index in tqdm(indices, "evaluating", leave=False, disable=group.rank > 0):
+        sample = dataset[index]
+        masks, probabilities = multi_scale_masks(model, sample.image.to(device), scales or settings.scales, flip)
+        backgrounds = masks.new_tensor(CAM_BACKGROUNDS) if is_cam else [masks[0] ** settings.background_power]
+        for meter, background in zip(meters.values(), backgrounds, strict=True):
+            masks[0] = background
+            meter.update(segment(masks, probabilities, settings.min_probability), sample.mask.to(device))
+    return {name: meter.iou().cpu() for name, meter in meters.items()}
+
+
+class Pictures(NamedTuple):
+    """Some images, and for every title a mask of each."""
+
+    images: list[Tensor]
+    masks: dict[str, list[Tensor]]
+
+
+@torch.no_grad()
+def draw(model: Network, dataset: VOCDataset, settings: Settings, device: torch.device, count: int = 6) -> Pictures:
+    """Return the first images with their mask, the pseudo label made from it, and the ground truth."""
+    model.eval()
+    pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, resize="image").to(device)
+    samples = [dataset[index] for index in range(min(count, len(dataset)))]
+    masks: dict[str, list[Tensor]] = {"mask": [], "pseudo label": [], "ground truth": []}
+    for sample in samples:
+        image = sample.image.to(device)
+        averaged, probabilities = multi_scale_masks(model, image, settings.scales)
+        coarse = model(normalise(image[None], model.backbone)).masks
+        target = pseudo_labels(pamr(image[None], coarse), sample.labels[None].to(device))
+        averaged[0] = CAM_BACKGROUNDS[0] if isinstance(model, CAMNet) else averaged[0] ** settings.background_power
+        masks["mask"].append(segment(averaged, probabilities, settings.min_probability).cpu())
+        masks["pseudo label"].append(enlarge(target, sample.mask.shape).cpu())
+        masks["ground truth"].append(sample.mask)
+    return Pictures([sample.image for sample in samples], masks)
+
+
+def enlarge(mask: Tensor, size: torch.Size) -> Tensor:
+    """Resize class indices [1, h, w] to [H, W], each pixel taking its nearest neighbour."""
+    return F.interpolate(mask[:, None].float(), size=tuple(size), mode="nearest")[0, 0].to(mask.dtype)
