@@ -68,8 +68,9 @@ def crf_segment(image: NDArray[np.uint8], masks: NDArray[np.float32], kept: Sequ
         return np.full(masks.shape[1:], kept[0], dtype=np.uint8)
     total = masks.sum(axis=0)
     # Where all masks are 0 (the background's may underflow in its power), nothing is known: FLOOR for every class.
-    marginals = dense_crf(image, masks / np.where(total > 0, total, 1))
-    return np.array(kept, dtype=np.uint8)[marginals.argmax(axis=0)]
+    marginals = dense_crf(image, masks / np.where(total > 0, total, np.float32(1)))
+    classes: NDArray[np.uint8] = np.array(kept, dtype=np.uint8)
+    return classes[marginals.argmax(axis=0)]
 
 
 def start_workers(count: int) -> ProcessPoolExecutor:
