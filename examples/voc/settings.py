@@ -177,14 +177,15 @@ class Settings:
 
 PAPER = Settings()
 
-# Three thousand photographs took 55 minutes on two busy CPU cores, the baseline included.
+# Three thousand photographs take 48 minutes on two CPU cores, the baseline included.
 PHOTOGRAPHS = replace(
     PAPER,
     channels=128,
     epochs=6,
     classification_epochs=2,
     crop_size=193,
-    # Masks are 49 x 49: PAMR as far-reaching as the paper's blurs them, and spoils the pseudo labels by 10 points.
+    # For masks of 49 x 49: of the same masks, these dilations make better pseudo labels than the paper's (mean IoU 63
+    # against 51). What the network learns from them was the same within a point.
     pamr_dilations=(1, 2, 4, 8),
     scales=(0.5, 1.0, 1.5),
     background_power=2.0,
