@@ -1,0 +1,213 @@
+"""Compare a folder of masks with the ground truth: `python examples/evaluate_voc.py PREDICTIONS VOC_ROOT`."""
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from tyro.conf import Positional, arg
+from voc.data import (
+    IGNORE,
+    DataError,
+    find_masks,
+    labels_from_annotations,
+    labels_from_file,
+    labels_from_masks,
+    read_classes,
+    read_mask,
+    read_split,
+)
+from voc.metrics import class_metrics, confusion_matrix, iou_table, method_table, save_iou_csv, save_method_csv
+
+SHOWN_ERRORS = 10
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compare a folder of masks with the ground truth of a split: IoU, precision and recall per class.
+
+    Void pixels of the ground truth (255) do not count. A class without a pixel, neither in the ground truth nor in
+    the predictions, has no IoU (nan) and does not count in the mean.
+    """
+
+    predictions: Annotated[Positional[Path], arg(metavar="PREDICTIONS")]
+    """Folder of the masks, one NAME.png an image of the split: a palette or 8-bit grey PNG of class indices, as large
+    as the ground truth. Every pixel needs a class: a value of 255 is an error. Masks of other images may be there."""
+
+    data: Annotated[Positional[Path], arg(metavar="DATA")]
+    """Root of a data set in VOC's layout: JPEGImages, ImageSets/Segmentation/*.txt, SegmentationClass or
+    SegmentationClassAug, and optionally classes.txt (a class name a line; default: VOC's 20)."""
+
+    split: str = "val"
+    """Name of the split, a file in ImageSets/Segmentation."""
+
+    masks: Path | None = None
+    """Folder of the ground truth; default: SegmentationClass, or else SegmentationClassAug."""
+
+    clean: bool = False
+    """Remove classes that are not among the image's labels (Tables 2 and 9): their pixels become background."""
+
+    labels: Path | None = None
+    """File of image-level labels for --clean, lines `id class class ...`. Default: Annotations/*.xml where there are
+    any, else the classes of the ground truth."""
+
+    name: str | None = None
+    """Name of the method in the table; default: that of the folder."""
+
+    table_classes: tuple[str, ...] = ()
+    """Classes of the tables and their means, `background` among them. Default: all."""
+
+    output: Path = Path("runs/evaluation")
+    """Folder for evaluation.md, methods.csv (the layout of Tables 5 and 6) and classes.csv."""
+
+    workers: int = 2
+    """Threads that read and compare masks."""
+
+
+class Pair(NamedTuple):
+    """A mask, its ground truth, and the labels (indices from 0) to which it is pruned, or None."""
+
+    predicted: Path
+    target: Path
+    labels: frozenset[int] | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare, print the tables and write them. Returns the exit code."""
+    try:
+        arguments = tyro.cli(Arguments, args=argv)
+        check_arguments(arguments)
+        classes = read_classes(arguments.data)
+        rows = table_rows(arguments.table_classes, ("background", *classes))
+        pairs = find_pairs(arguments, classes)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        confusion = compare_all(pairs, len(classes), arguments.workers)
+        report(arguments, ("background", *classes), rows, confusion, len(pairs))
+    except (ValueError, OSError) as error:  # DataError is a ValueError
+        for line in str(error).splitlines():
+            print(f"evaluate_voc.py: error: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def check_arguments(arguments: Arguments) -> None:
+    """Refuse arguments that would have no effect, or no sense."""
+    if arguments.labels is not None and not arguments.clean:
+        raise ValueError("--labels is for --clean, which is not given")
+    if arguments.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {arguments.workers}")
+
+
+def table_rows(names: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Return the indices of the classes to show."""
+    unknown = [name for name in names if name not in classes]
+    if unknown:
+        raise DataError(f"--table-classes: unknown class {unknown[0]!r}; known: {', '.join(classes)}")
+    return [classes.index(name) for name in names or classes]
+
+
+def find_pairs(arguments: Arguments, classes: Sequence[str]) -> list[Pair]:
+    """Return every image's mask and ground truth; whether there is a mask is seen when it is read."""
+    root, folder = arguments.data, arguments.predictions
+    if not folder.is_dir():
+        raise DataError(f"folder of predictions not found: {folder}")
+    names = read_split(root, arguments.split)
+    targets = find_masks(root, names, arguments.masks)
+    labels: Sequence[frozenset[int] | None] = [None] * len(names)
+    if arguments.labels is not None:
+        labels = labels_from_file(arguments.labels, names, classes)
+    elif arguments.clean and (root / "Annotations").is_dir():
+        labels = labels_from_annotations(root / "Annotations", names, classes)
+    elif arguments.clean:
+        labels = labels_from_masks(targets, classes)
+    predictions = [folder / f"{name}.png" for name in names]
+    return [Pair(*pair) for pair in zip(predictions, targets, labels, strict=True)]
+
+
+def compare_all(pairs: Sequence[Pair], num_classes: int, workers: int) -> Tensor:
+    """Return the confusion matrix of all pairs, background first. All files that are wrong are named in one error."""
+    confusion = torch.zeros(1 + num_classes, 1 + num_classes, dtype=torch.long)
+    errors = []
+    with ThreadPoolExecutor(workers) as pool:
+        results = pool.map(lambda pair: compare(pair, num_classes), pairs)
+        for result in tqdm(results, "comparing", total=len(pairs), unit="mask", leave=False):
+            if isinstance(result, Tensor):
+                confusion += result
+            else:
+                errors.append(str(result))
+    if errors:
+        more = len(errors) - SHOWN_ERRORS
+        raise DataError("\n".join(errors[:SHOWN_ERRORS] + [f"... and {more} more such files"] * (more > 0)))
+    return confusion
+
+
+def compare(pair: Pair, num_classes: int) -> Tensor | DataError:
+    """Return the confusion matrix of one pair, or what is wrong with its files."""
+    try:
+        predicted, target = read_indices(pair.predicted), read_indices(pair.target)
+        if predicted.shape != target.shape:
+            raise DataError(
+                f"prediction {pair.predicted} is {predicted.shape[1]}x{predicted.shape[0]}, "
+                f"but its ground truth {pair.target} is {target.shape[1]}x{target.shape[0]}"
+            )
+        check_indices(pair.predicted, predicted, f"a class, 0 to {num_classes}, at every pixel", num_classes)
+        check_indices(pair.target, target[target != IGNORE], f"0 to {num_classes}, or {IGNORE} (void)", num_classes)
+    except DataError as error:
+        return error
+    if pair.labels is not None:
+        predicted[~np.isin(predicted, [1 + label for label in pair.labels])] = 0
+    return confusion_matrix(torch.from_numpy(predicted), torch.from_numpy(target), 1 + num_classes)
+
+
+def read_indices(path: Path) -> NDArray[np.uint8]:
+    """Read a mask of class indices [H, W]."""
+    if not path.is_file():
+        raise DataError(f"mask not found: looked for {path}")
+    try:
+        return read_mask(path)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything for a damaged file
+        raise DataError(f"cannot read mask {path}: {error}") from error
+
+
+def check_indices(path: Path, indices: NDArray[np.uint8], expected: str, num_classes: int) -> None:
+    """Refuse values that are no class; `expected` says in the error which are."""
+    wrong = indices[indices > num_classes]
+    if wrong.size:
+        raise DataError(f"mask {path} holds {wrong[0]}: expected {expected}")
+
+
+def report(
+    arguments: Arguments, classes: Sequence[str], rows: Sequence[int], confusion: Tensor, num_images: int
+) -> None:
+    """Print the two tables as Markdown, and write them, also as CSV."""
+    metrics = class_metrics(confusion)
+    methods = {arguments.name or arguments.predictions.resolve().name: metrics.iou}
+    columns = {"IoU": metrics.iou, "precision": metrics.precision, "recall": metrics.recall}
+    cleaned = ", classes removed that are not among an image's labels" if arguments.clean else ""
+    text = "\n\n".join(
+        [
+            f"IoU (%), {num_images} images of {arguments.split}{cleaned}",
+            method_table(classes, methods, rows),
+            "IoU, precision and recall (%)",
+            iou_table(classes, columns, rows),
+        ]
+    )
+    print(text)
+    (arguments.output / "evaluation.md").write_text(text + "\n", encoding="utf-8")
+    save_method_csv(arguments.output / "methods.csv", classes, methods, rows)
+    save_iou_csv(arguments.output / "classes.csv", classes, columns)
+    print(f"\ntables: {arguments.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
