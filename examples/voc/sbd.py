@@ -100,7 +100,8 @@ def read_sbd_list(path: Path) -> tuple[str, ...]:
     """Return the names in one of SBD's lists."""
     names = tuple(image_name(line.split()[0]) for line in read_lines(path))
     if len(set(names)) != len(names):
-        raise DataError(f"{path} lists {len(names) - len(set(names))} images more than once")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{path} lists {twice!r} more than once")
     return names
 
 
@@ -160,7 +161,8 @@ def image_size(path: Path) -> tuple[int, int]:
     """Return width and height of an image."""
     try:
         with Image.open(path) as image:
-            return image.size
+            width, height = image.size
+            return width, height
     except Exception as error:  # so does Pillow
         raise DataError(f"cannot read image {path}: {error}") from error
 
@@ -169,6 +171,7 @@ def link(source: Path, target: Path) -> None:
     """Link to a file, or copy it where links are not allowed; what is there stays."""
     if target.exists():
         return
+    target.unlink(missing_ok=True)  # a link to what has been moved
     try:
         target.symlink_to(source.resolve())
     except OSError:
