@@ -118,15 +118,16 @@ class SingleStageNet(nn.Module):
         return Prediction(class_scores, logits, masks)
 
 
-class NoCues(nn.Sequential):
+class NoCues(nn.Module):
     """What stands for GCI in its ablation (Table 1c): the shallow features, brought to the deep ones' channels."""
 
     def __init__(self, shallow_channels: int, channels: int) -> None:
-        super().__init__(*conv_bn_relu(shallow_channels, channels, 1))
+        super().__init__()
+        self.project = conv_bn_relu(shallow_channels, channels, 1)
 
     def forward(self, shallow: Tensor, _deep: Tensor) -> Tensor:
         """Map [B, shallow_channels, h, w] to [B, channels, h, w], whatever the deep features are."""
-        return super().forward(shallow)
+        return self.project(shallow)
 
 
 class CAMNet(nn.Module):

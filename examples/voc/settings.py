@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+BackboneName = Literal["efficientnet_lite0", "wide_resnet38", "vgg16", "resnet50", "resnet101"]
+
 MINIMA = {
     "channels": 1,
     "epochs": 1,
@@ -62,7 +64,7 @@ class Settings:
     seed: int = 0
     """Seed of weights, data order, augmentation and stochastic gate."""
 
-    backbone: Literal["efficientnet_lite0", "wide_resnet38", "vgg16", "resnet50", "resnet101"] = "efficientnet_lite0"
+    backbone: BackboneName = "efficientnet_lite0"
     """Pre-trained network. The ImageNet weights of EfficientNet-Lite0 come with a pip package."""
 
     weights: Path | None = None
@@ -205,7 +207,7 @@ PAPER_BACKBONES: dict[str, dict[str, Any]] = {
 }
 
 
-def paper_settings(backbone: str) -> Settings:
+def paper_settings(backbone: BackboneName) -> Settings:
     """Return the paper's settings for a backbone."""
     settings = replace(PAPER, backbone=backbone, **PAPER_BACKBONES.get(backbone, {}))
     if backbone in ("vgg16", "resnet50", "resnet101"):

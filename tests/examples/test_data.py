@@ -19,6 +19,7 @@ from voc.data import (
     save_mask,
     voc_palette,
 )
+from voc.transforms import TrainTransform
 
 
 def annotation(*names: str) -> str:
@@ -57,11 +58,27 @@ def test_sample(root: Path) -> None:
     assert sample.mask[0, 0] == 255
 
 
-def test_a_transform_sees_the_image_alone(root: Path) -> None:
-    split = load_split(root, ["b"], VOC_CLASSES)
-    sample = VOCDataset(split, transform=lambda image: image[:, :2, :2])[0]
-    assert sample.image.shape == (3, 2, 2)
-    assert sample.mask.numel() == 0
+def test_a_sample_without_a_mask(root: Path) -> None:
+    assert VOCDataset(load_split(root, ["b"], VOC_CLASSES))[0].mask.numel() == 0
+
+
+def test_image_and_mask_are_augmented_alike() -> None:
+    mask = torch.zeros(40, 60, dtype=torch.long)
+    mask[10:30, 20:50] = 7
+    mask[:, :15] = 255
+    image = (mask == 7).float().expand(3, -1, -1)
+    torch.manual_seed(0)
+    flips = set()
+    for _ in range(8):
+        seen, cut = TrainTransform(33)(image, mask)
+        assert seen.shape == (3, 33, 33)
+        assert set(cut.unique().tolist()) == {0, 7, 255}
+        inside = (cut == 7).float()
+        # The jitter changes the tones, but what is bright stays where it is.
+        correlation = torch.corrcoef(torch.stack([seen.mean(0).flatten(), inside.flatten()]))[0, 1]
+        assert correlation > 0.9
+        flips.add(bool((cut[:, 0] == 255).all()))
+    assert flips == {True, False}
 
 
 def test_labels_from_masks(root: Path) -> None:
@@ -135,7 +152,7 @@ def test_nothing_is_wrong_to_begin_with(root: Path) -> None:
         ("JPEGImages/c.jpg", "image not found: looked for {root}/JPEGImages/c.jpg"),
         ("ImageSets/Segmentation/train.txt", "looked for {root}/ImageSets/Segmentation/train_aug.txt and {root}"),
         ("ImageSets/Segmentation/val.txt", "split not found: looked for {root}/ImageSets/Segmentation/val.txt"),
-        ("SegmentationClass", "looked for a folder SegmentationClass or SegmentationClassAug in {root}"),
+        ("SegmentationClass", "looked for a folder {root}/SegmentationClass or {root}/SegmentationClassAug"),
         ("SegmentationClass/c.png", "mask not found: looked for {root}/SegmentationClass/c.png"),
     ],
 )

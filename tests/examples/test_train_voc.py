@@ -1,7 +1,6 @@
 """The whole job in small, and what its command line does when something is not there."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     steps = 0
 
-    def interrupted_step(*args: object) -> torch.Tensor:
+    def interrupted_step(*args: Any) -> torch.Tensor:
         nonlocal steps
         steps += 1
         if steps in (2, 5):  # in the first epoch, and in the second after going on
@@ -116,8 +116,7 @@ def test_going_on_from_any_epoch(finished: Path, tmp_path: Path) -> None:
 
 def start(arguments: list[str], launcher: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
     command = [sys.executable, *launcher, str(Path(train_voc.__file__)), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_a_killed_run_goes_on(finished: Path, toy_root: Path, tmp_path: Path) -> None:
@@ -149,7 +148,6 @@ def test_two_processes_have_the_losses_of_one(finished: Path, toy_root: Path, tm
     [
         (["--model", "cam"], {"CAM-GAP (background 0.1)"}),
         (["--supervision", "masks"], {"ours"}),
-        (["--no-baseline", "--precision", "bf16"], {"ours"}),
         (["--no-baseline", "--accumulate", "2"], {"ours"}),
         (["--no-baseline", "--no-gci", "--penalty-weight", "0", "--gate", "deterministic"], {"ours"}),
     ],
@@ -163,6 +161,19 @@ def test_variants(arguments: list[str], columns: set[str], toy_root: Path, tmp_p
     losses = read_checkpoint(model)["progress"]["history"][0]
     assert losses["loss"] == pytest.approx(losses["classification"] + losses["segmentation"])
     assert (losses["classification"] == 0) == ("masks" in arguments)
+
+
+def test_half_precision(finished: Path, toy_root: Path, tmp_path: Path) -> None:
+    # In a process of its own: accelerate keeps one precision for the life of a process.
+    process = start(
+        [*QUICK, "--data", str(toy_root), "--output", str(tmp_path), "--no-baseline", "--precision", "bf16"]
+    )
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    half, full = (read_checkpoint(folder / "single_stage.pt") for folder in (tmp_path, finished))
+    assert half["progress"]["history"][0]["loss"] == pytest.approx(full["progress"]["history"][0]["loss"], rel=0.1)
+    assert half["progress"]["history"] != full["progress"]["history"]
+    assert {value.dtype for value in half["model"].values()} == {torch.float32, torch.int64}
 
 
 def test_masks_of_another_folder(toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
