@@ -96,7 +96,7 @@ def test_a_lone_pixel_follows_its_colour() -> None:
 def test_masks_need_not_sum_to_one() -> None:
     image, probabilities = scene(0)
     np.testing.assert_array_equal(
-        crf_segment(image, probabilities / 7, [0, 3, 9]), crf_segment(image, probabilities, [0, 3, 9])
+        crf_segment(image, probabilities * np.float32(0.1), [0, 3, 9]), crf_segment(image, probabilities, [0, 3, 9])
     )
     nothing_known, anything_possible = probabilities.copy(), probabilities.copy()
     nothing_known[:, 4, 4] = 0

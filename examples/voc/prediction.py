@@ -1,0 +1,129 @@
+"""From image files to masks, one image after the other: the network, then the choice of classes, or a CRF."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoints import Network
+from .crf import crf_segment, start_workers
+from .data import DataError
+from .inference import multi_scale_masks, segment
+from .model import CAMNet
+from .pictures import Picture, Source, name_clashes, read_picture
+from .settings import Settings
+
+
+class Prediction(NamedTuple):
+    """Masks [C + 1, H, W], background first; probabilities [C]; which classes are kept, as bool [C]."""
+
+    masks: Tensor
+    probabilities: Tensor
+    kept: Tensor
+
+
+class Result(NamedTuple):
+    """One image, and what the network says of it."""
+
+    source: Source
+    picture: Picture
+    prediction: Prediction
+
+
+class Predictor:
+    """A network with the settings of its test time."""
+
+    def __init__(
+        self,
+        model: Network,
+        settings: Settings,
+        device: torch.device,
+        flip: bool = True,
+        cam_background: float = CAMNet.background,
+    ) -> None:
+        self.model = model.to(device)
+        self.settings = settings
+        self.device = device
+        self.flip = flip
+        self.cam_background = cam_background
+
+    def __call__(self, picture: Picture, labels: frozenset[int] | None = None) -> Prediction:
+        """Predict the masks of a picture. Its labels, where given, are the classes that are kept."""
+        image = picture.tensor().to(self.device)
+        masks, probabilities = multi_scale_masks(self.model, image, self.settings.scales, self.flip)
+        if not (masks.isfinite().all() and probabilities.isfinite().all()):
+            raise DataError("what the network says of it is not finite")
+        if isinstance(self.model, CAMNet):
+            masks[0] = self.cam_background
+        else:
+            masks[0] = masks[0] ** self.settings.background_power
+        if labels is None:
+            kept = probabilities >= self.settings.min_probability
+        else:
+            kept = torch.zeros_like(probabilities, dtype=torch.bool)
+            kept[list(labels)] = True
+        return Prediction(masks, probabilities, kept)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name, or the best there is; it can be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def predict(
+    sources: Sequence[Source], predictor: Predictor, max_pixels: int, report: Callable[[Path, str], object]
+) -> Iterator[Result]:
+    """Run the network on the images; one that cannot be segmented is reported, with the reason, and left out."""
+    clashes = name_clashes(sources)
+    for source in tqdm(sources, "segmenting", unit="image", leave=False):
+        if source.path in clashes:
+            report(source.path, f"its mask would overwrite that of {clashes[source.path]}")
+            continue
+        try:
+            picture = read_picture(source.path, max_pixels)
+            prediction = predictor(picture, source.labels)
+        except DataError as error:
+            report(source.path, str(error))
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            report(source.path, "not enough memory: try a lower --max-pixels, or smaller --scales")
+        else:
+            yield Result(source, picture, prediction)
+
+
+def choose(results: Iterable[Result]) -> Iterator[tuple[Result, NDArray[np.uint8]]]:
+    """Choose the class of every pixel by the masks alone."""
+    for result in results:
+        masks, _, kept = result.prediction
+        mask = segment(masks, kept.to(masks.dtype), min_probability=0.5)
+        yield result, mask.to(torch.uint8).cpu().numpy()
+
+
+def refine(results: Iterable[Result], workers: int) -> Iterator[tuple[Result, NDArray[np.uint8]]]:
+    """Choose the class of every pixel after a CRF, in worker processes, while the network goes on."""
+    waiting: deque[tuple[Result, Future[NDArray[np.uint8]]]] = deque()
+    pool = start_workers(workers)
+    try:
+        for result in results:
+            masks, _, kept = result.prediction
+            indices = [0, *(1 + kept.nonzero().flatten()).tolist()]
+            chosen = masks[indices].cpu().numpy()
+            waiting.append((result, pool.submit(crf_segment, result.picture.pixels, chosen, indices)))
+            if len(waiting) > 2 * workers:  # a bound on the memory that they take
+                earlier, mask = waiting.popleft()
+                yield earlier, mask.result()
+        for earlier, mask in waiting:
+            yield earlier, mask.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
