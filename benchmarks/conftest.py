@@ -1,11 +1,35 @@
+"""Options of the benchmarks: without any, every file is a quick test that all competitors compute the same."""
+
 import pytest
+
+from benchmarks.measure import Bench, Mode
+from benchmarks.report import write_report
+
+BENCH = pytest.StashKey[Bench]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--benchmark", action="store_true", help="run the benchmarks: minutes, on an idle machine")
+    group = parser.getgroup("benchmarks")
+    group.addoption("--benchmark", action="store_true", help="time everything: some ten minutes, on an idle machine")
+    group.addoption("--benchmark-quick", action="store_true", help="time small sizes, in less than a minute")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--benchmark"):
-        for item in items:
-            item.add_marker(pytest.mark.skip(reason="needs --benchmark"))
+def pytest_configure(config: pytest.Config) -> None:
+    full, quick = config.getoption("--benchmark"), config.getoption("--benchmark-quick")
+    mode: Mode = "full" if full else "quick" if quick else "smoke"
+    config.stash[BENCH] = Bench(mode)
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest) -> Bench:
+    """Times competitors side by side, or only compares them, as the options say."""
+    bench = request.config.stash[BENCH]
+    bench.say = request.config.get_terminal_writer().line
+    return bench
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    bench = config.stash[BENCH]
+    if bench.rows:
+        folder = write_report(bench)
+        terminalreporter.write_line(f"benchmark tables and plots: {folder}")

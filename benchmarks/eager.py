@@ -50,3 +50,57 @@ def propagate(mask: Tensor, weights: Tensor, dilations: Sequence[int], num_iter:
 def pamr(image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
     """Return the refined mask [B, C, H, W]."""
     return propagate(mask, affinity(image, dilations), dilations, num_iter)
+
+
+def par_affinity(imgs: Tensor, dilations: Sequence[int], w1: float = 0.3, w2: float = 0.01) -> Tensor:
+    """Return PAR's affinity [B, N, H, W] in its published form."""
+    neighbours = stack(imgs, NEIGHBOURS, dilations)
+    difference = (neighbours - imgs[:, :, None]).abs()
+    colour = -(((difference / (neighbours.std(dim=2, keepdim=True) + 1e-8)) / w1) ** 2)
+    distance = torch.tensor([2**0.5, 1, 2**0.5, 1, 1, 2**0.5, 1, 2**0.5], device=imgs.device)
+    distance = torch.cat([distance * d for d in dilations])[None, :, None, None]
+    position = -(((distance / (distance.std(dim=1, keepdim=True) + 1e-8)) / w1) ** 2)
+    return colour.mean(dim=1).softmax(dim=1) + w2 * position.softmax(dim=1)
+
+
+def par(imgs: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
+    """Return the masks [B, C, H, W] refined by PAR."""
+    return propagate(masks, par_affinity(imgs, dilations), dilations, num_iter)
+
+
+def shifted_pamr(image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
+    """Return PAMR's result with a sum over shifted views of the padded mask: the form that compilers fuse best."""
+    weights = affinity(image, dilations)
+    height, width = mask.shape[-2:]
+    reach = max(dilations)
+    offsets = [(dy, dx) for d in dilations for dy in (-d, 0, d) for dx in (-d, 0, d) if (dy, dx) != (0, 0)]
+    for _ in range(num_iter):
+        padded = F.pad(mask, [reach] * 4, mode="replicate")
+        mask = torch.zeros_like(mask)
+        for n, (dy, dx) in enumerate(offsets):
+            shifted = padded[:, :, reach + dy : reach + dy + height, reach + dx : reach + dx + width]
+            mask = mask + weights[:, n : n + 1] * shifted
+    return mask
+
+
+def ngwp(scores: Tensor, masks: Tensor) -> Tensor:
+    """Return normalised global weighted pooling, eq. 3."""
+    return (masks * scores).sum(dim=(2, 3)) / (1 + masks.sum(dim=(2, 3)))
+
+
+def size_penalty(masks: Tensor, p: float = 3, lam: float = 0.01) -> Tensor:
+    """Return the focal size penalty, eq. 5."""
+    size = masks.mean(dim=(2, 3))
+    return (1 - size) ** p * torch.log(lam + size)
+
+
+def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3) -> Tensor:
+    """Return the stochastic gate's result, eq. 9, with a binary r of its own draw."""
+    r = (torch.rand_like(deep) < mixing_rate).to(deep.dtype)
+    return (1 - r) * (deep - mixing_rate * shallow) / (1 - mixing_rate) + r * shallow
+
+
+def gci(shallow: Tensor, cues: Tensor) -> Tensor:
+    """Return global cue injection, eq. 11 without its convolutions."""
+    scale, shift = F.adaptive_max_pool2d(cues, 1).chunk(2, dim=1)
+    return F.relu(scale * F.instance_norm(shallow) + shift)

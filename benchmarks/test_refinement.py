@@ -1,0 +1,104 @@
+"""PAMR and PAR beside the eager formulation, and beside the best that `torch.compile` makes of it."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import eager
+from benchmarks.measure import Bench
+from wsseg_layers.functional import pamr, par
+
+DILATIONS = (1, 2, 4, 8, 12, 24)
+NUM_ITER = 10
+
+# What the shapes stand for: a training batch, a training crop, a crop with a foreground and a background.
+FULL = {"training": (16, 21, 81, 81), "crop": (1, 21, 321, 321), "two classes": (1, 2, 321, 321)}
+QUICK = {"training": (2, 21, 81, 81), "crop": (1, 21, 96, 96), "two classes": (1, 2, 96, 96)}
+SMOKE = {"training": (2, 5, 9, 7), "crop": (1, 4, 20, 30), "two classes": (1, 2, 8, 8)}
+
+
+def inputs(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return an image and a mask."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(shape[0], 3, *shape[2:], generator=generator)
+    mask = torch.rand(shape, generator=generator).softmax(dim=1)
+    return image.to(device), mask.to(device)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", FULL)
+@pytest.mark.parametrize("layer", ["PAMR", "PAR"])
+def test_refinement(bench: Bench, layer: str, case: str) -> None:
+    shape = bench.size(smoke=SMOKE[case], quick=QUICK[case], full=FULL[case])
+    image, mask = inputs(shape, bench.device)
+    ours, peer = (pamr, eager.pamr) if layer == "PAMR" else (par, eager.par)
+    competitors = {
+        "ours": lambda: ours(image, mask, num_iter=NUM_ITER, dilations=DILATIONS),
+        "eager": lambda: peer(image, mask, DILATIONS, NUM_ITER),
+    }
+    if layer == "PAMR":
+        compiled = bench.compiled({"eager, compiled": eager.pamr, "shifted views, compiled": eager.shifted_pamr})
+        competitors |= {
+            name: partial(function, image, mask, DILATIONS, NUM_ITER) for name, function in compiled.items()
+        }
+    # PAR's exponents reach thousands, of which float32 leaves two or three digits in the eager form.
+    bench.compare(layer, "x".join(map(str, shape)), competitors, tolerance=1e-4 if layer == "PAMR" else 2e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("axis", ["side", "classes", "dilations", "iterations"])
+def test_cost_over_size(bench: Bench, axis: str) -> None:
+    side = bench.size(smoke=12, quick=64, full=128)
+    base = {"side": side, "classes": 21, "dilations": 6, "iterations": 10}
+    steps = {
+        "side": bench.size(smoke=(8,), quick=(32, 64), full=(32, 64, 128, 256, 512)),
+        "classes": bench.size(smoke=(3,), quick=(2, 21), full=(1, 2, 5, 21, 60, 150)),
+        "dilations": bench.size(smoke=(1,), quick=(1, 6), full=(1, 2, 3, 6)),
+        "iterations": bench.size(smoke=(2,), quick=(1, 10), full=(1, 2, 5, 10, 20)),
+    }
+    for step in steps[axis]:
+        values = {**base, axis: step}
+        image, mask = inputs((1, values["classes"], values["side"], values["side"]), bench.device)
+        dilations = DILATIONS[: values["dilations"]]
+        settings = {"num_iter": values["iterations"], "dilations": dilations}
+        competitors = {"ours": partial(pamr, image, mask, **settings)}
+        if mask.numel() * len(dilations) <= 2e6:
+            competitors["eager"] = partial(eager.pamr, image, mask, **settings)
+        bench.compare(f"PAMR over {axis}", f"{axis} = {step}", competitors, **{axis: float(step)})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory as Linux reports it")
+def test_peak_memory(bench: Bench) -> None:
+    shape = bench.size(smoke=(1, 150, 64, 96), quick=(1, 150, 128, 128), full=(1, 150, 512, 683))
+    ours = peak_memory(f"pamr(image, mask, 1, {DILATIONS})", shape)
+    # The eager formulation's stack of 150 channels takes more memory than most machines have: 10 channels, times 15.
+    peer = 15 * peak_memory(f"eager.pamr(image, mask, {DILATIONS}, 1)", (1, 10, *shape[2:]))
+    if bench.mode != "smoke":
+        bench.say(f"peak memory {shape}: ours {ours:.0f} MiB, eager {peer:.0f} MiB: 1/{peer / ours:.0f}")
+    assert ours < peer / (20 if bench.mode == "full" else 2)
+
+
+def peak_memory(statement: str, shape: tuple[int, ...]) -> float:
+    """Return by how many MiB `statement` raises a fresh process's peak over its inputs."""
+    code = f"""
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from benchmarks import eager
+from wsseg_layers.functional import pamr
+
+def peak_kib():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+image, mask = torch.rand({shape[0]}, 3, *{shape[2:]}), torch.rand({shape})
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, the parent's included
+before = peak_kib()
+{statement}
+print((peak_kib() - before) / 1024)
+"""
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

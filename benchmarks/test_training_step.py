@@ -1,0 +1,64 @@
+"""One step of the self-supervised training: what a faster PAMR is worth in it."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import eager
+from benchmarks.measure import Bench
+from wsseg_layers.functional import pamr
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from voc.backbones import build_backbone
+from voc.inference import normalise
+from voc.losses import classification_loss, confident_pixels, segmentation_loss
+from voc.model import SingleStageNet, freeze_norm_statistics
+from voc.pseudo_labels import pseudo_labels
+from voc.training import build_optimizer, freeze
+
+DILATIONS = (1, 2, 4, 8, 12, 24)
+NUM_ITER = 10
+Refine = Callable[[Tensor, Tensor], Tensor]
+
+
+def test_training_step(bench: Bench) -> None:
+    batch, crop, channels = bench.size(smoke=(2, 33, 8), quick=(2, 97, 32), full=(8, 193, 128))
+    torch.manual_seed(0)
+    model = SingleStageNet(build_backbone("efficientnet_lite0"), 20, channels).to(bench.device)
+    freeze(model)
+    model.train()
+    freeze_norm_statistics(model)
+    optimizer = build_optimizer(model, lr=0.0, weight_decay=0.0)  # every step the same
+    image = torch.rand(batch, 3, crop, crop, device=bench.device)
+    labels = torch.zeros(batch, 20, device=bench.device)
+    labels[:, 7] = 1
+
+    def step(refine: Refine | None) -> Tensor:
+        torch.manual_seed(1)  # the same dropout and gate
+        prediction = model(normalise(image, model.backbone))
+        loss = classification_loss(prediction.class_scores, labels)
+        if refine is not None:
+            with torch.no_grad():
+                small = torch.nn.functional.interpolate(
+                    image, prediction.masks.shape[-2:], mode="bilinear", align_corners=True
+                )
+                target = pseudo_labels(refine(small, prediction.masks), labels)
+            loss = loss + segmentation_loss(prediction.logits, target, confident_pixels(target))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    def eager_pamr(small: Tensor, masks: Tensor) -> Tensor:
+        return eager.pamr(small, masks, DILATIONS, NUM_ITER)
+
+    size = f"{batch}x3x{crop}x{crop}"
+    ours: Refine = partial(pamr, num_iter=NUM_ITER, dilations=DILATIONS)
+    competitors = {"with our PAMR": partial(step, ours), "with eager PAMR": partial(step, eager_pamr)}
+    bench.compare("training step", size, competitors, tolerance=1e-2)
+    bench.compare("training step", size, {"without PAMR": partial(step, None)})
