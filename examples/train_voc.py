@@ -35,7 +35,7 @@ from voc.training import (
     Interrupted,
     StopRequest,
     TrainingError,
-    build_loader,
+    load_batches,
     mix_seed,
     start_accelerator,
 )
@@ -187,7 +187,7 @@ def train_epoch(
         disable=writer is None,
     )
     with bar, StopRequest() as stop:
-        for batch in build_loader(dataset, batches, settings.workers):
+        for batch in load_batches(dataset, batches, settings.workers):
             torch.manual_seed(mix_seed(settings.seed, epoch, state.step))
             losses = train_step(state, model, optimizer, batch)
             state.step += 1

@@ -18,6 +18,7 @@ VOC_CLASSES = (
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 IGNORE = 255
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for bad files
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
 SPLIT_FOLDER = Path("ImageSets", "Segmentation")
@@ -169,7 +170,7 @@ def find_images(root: Path, names: Sequence[str]) -> tuple[Path, ...]:
         try:
             with Image.open(path):
                 pass
-        except OSError as error:
+        except IMAGE_ERRORS as error:
             raise DataError(f"cannot read image {path}: {error}") from error
         paths.append(path)
     return tuple(paths)
@@ -245,7 +246,7 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-    except OSError as error:
+    except IMAGE_ERRORS as error:
         raise DataError(f"cannot read image {path}: {error}") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
@@ -254,11 +255,12 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
     """Read a mask of class indices [H, W]: a palette or greyscale PNG."""
     try:
         with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise DataError(f"mask {path} has mode {image.mode}: expected a palette or 8-bit greyscale PNG")
-            return np.array(image, dtype=np.uint8)
-    except OSError as error:
+            mode, mask = image.mode, np.array(image)
+    except IMAGE_ERRORS as error:
         raise DataError(f"cannot read mask {path}: {error}") from error
+    if mode not in ("P", "L"):
+        raise DataError(f"mask {path} has mode {mode}: expected a palette or 8-bit greyscale PNG")
+    return mask
 
 
 def voc_palette() -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .checkpoints import Network
-from .data import Sample, VOCDataset
+from .data import DataError, Sample, VOCDataset
 from .settings import Settings
 from .transforms import TrainTransform
 
@@ -151,9 +151,17 @@ class GlobalBatches(Sampler[list[tuple[int, int]]]):
             yield [(index, mix_seed(self.seed, self.epoch, index)) for index in for_us]
 
 
-def build_loader(dataset: AugmentedDataset, batches: GlobalBatches, workers: int) -> DataLoader[Sample]:
-    """Return a loader of these batches. Its workers leave Ctrl-C to the main process."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_interrupts)
+def load_batches(dataset: AugmentedDataset, batches: GlobalBatches, workers: int) -> Iterator[Sample]:
+    """Yield these batches, read by workers that leave Ctrl-C to the main process."""
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_interrupts)
+    try:
+        yield from loader
+    except DataError as error:  # a worker's error comes with its traceback: the last line says what is wrong
+        raise DataError(str(error).strip().splitlines()[-1].removeprefix("voc.data.DataError: ")) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(f"a process that reads images died ({str(error).splitlines()[0]})") from error
 
 
 def ignore_interrupts(_worker: int) -> None:

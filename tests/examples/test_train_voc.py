@@ -1,6 +1,8 @@
 """The whole job in small, and what its command line does when something is not there."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from voc.data import read_image
 from voc.inference import multi_scale_masks
 from voc.metrics import load_iou_csv
 from voc.settings import PAPER, PRESETS, Settings
+from voc.training import AugmentedDataset
 from voc.visualise import overlay
 
 QUICK = [
@@ -161,6 +164,30 @@ def test_variants(arguments: list[str], columns: set[str], toy_root: Path, tmp_p
     losses = read_checkpoint(model)["progress"]["history"][0]
     assert losses["loss"] == pytest.approx(losses["classification"] + losses["segmentation"])
     assert (losses["classification"] == 0) == ("masks" in arguments)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_truncated_image_is_named_in_one_line(
+    workers: str, toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(toy_root, root)
+    name = (root / "ImageSets/Segmentation/train.txt").read_text().split()[3]
+    (image,) = (root / "JPEGImages").glob(f"{name}.*")
+    image.write_bytes(image.read_bytes()[:-900])  # its header is whole
+    arguments = [*QUICK, "--data", str(root), "--output", str(tmp_path / "run"), "--no-baseline", "--workers", workers]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"train_voc.py: error: cannot read image {image}: ")
+
+
+def test_a_worker_that_dies_is_said_in_one_line(
+    toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(AugmentedDataset, "__getitem__", lambda *_: os._exit(3))
+    arguments = [*QUICK, "--data", str(toy_root), "--output", str(tmp_path), "--no-baseline", "--workers", "1"]
+    assert main(arguments) == 1
+    assert "train_voc.py: error: a process that reads images died" in capsys.readouterr().err
 
 
 def test_half_precision(finished: Path, toy_root: Path, tmp_path: Path) -> None:

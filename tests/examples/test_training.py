@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from voc.data import VOCDataset, load_split, read_classes, read_split
 from voc.distributed import GlobalBatchNoise, share_batch_statistics
-from voc.training import AugmentedDataset, GlobalBatches, StopRequest, build_loader, mix_seed
+from voc.training import AugmentedDataset, GlobalBatches, StopRequest, load_batches, mix_seed
 from voc.transforms import TrainTransform
 
 from wsseg_layers import StochasticGate
@@ -54,7 +54,7 @@ def test_augmentation_follows_from_the_seed_alone(toy_root: Path) -> None:
     dataset = AugmentedDataset(VOCDataset(split), TrainTransform(33))
     batches = GlobalBatches(len(dataset), 4, seed=3, epoch=1)
     assert len(batches) == 3
-    loaded = [list(build_loader(dataset, batches, workers)) for workers in (0, 2)]
+    loaded = [list(load_batches(dataset, batches, workers)) for workers in (0, 2)]
     for here, there in zip(*loaded, strict=True):
         assert torch.equal(here.image, there.image)
         assert here.name == there.name
