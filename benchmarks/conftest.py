@@ -15,7 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    full, quick = config.getoption("--benchmark"), config.getoption("--benchmark-quick")
+    full, quick = config.getoption("--benchmark", False), config.getoption("--benchmark-quick", False)
     mode: Mode = "full" if full else "quick" if quick else "smoke"
     config.stash[BENCH] = Bench(mode)
 

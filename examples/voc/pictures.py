@@ -124,7 +124,7 @@ def add_labels(
     return [source._replace(labels=present) for source, present in zip(sources, labels, strict=True)]
 
 
-def name_clashes(sources: Iterable[Source]) -> dict[Path, Path]:
+def name_clashes(sources: Sequence[Source]) -> dict[Path, Path]:
     """Return the images whose outputs would overwrite those of an earlier one, and that one.
 
     Names that differ in case only are the same file on some systems.
@@ -132,7 +132,8 @@ def name_clashes(sources: Iterable[Source]) -> dict[Path, Path]:
     first: dict[str, Path] = {}
     for source in sources:
         first.setdefault(source.name.casefold(), source.path)
-    return {s.path: first[s.name.casefold()] for s in sources if first[s.name.casefold()] != s.path}
+    earlier = {source.path: first[source.name.casefold()] for source in sources}
+    return {path: other for path, other in earlier.items() if path != other}
 
 
 def read_picture(path: Path, max_pixels: int) -> Picture:

@@ -316,7 +316,9 @@ def test_crf(trained: Path, images: Path, tmp_path: Path) -> None:
     Image.new("RGB", (1, 1)).save(images / "d.png")
     arguments = ["--crf", "--workers", "1", "--clean", "--labels", str(tmp_path / "labels.txt")]
     (tmp_path / "labels.txt").write_text("a flag shell\nb tiger\nc\nd leaf tiger\n")
-    assert infer(trained, images, tmp_path / "out", *arguments) == 0
+    assert infer(trained, images, tmp_path / "out", "--scores", *arguments) == 0
+    lines = (tmp_path / "out/scores.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["image", "a", "b", "c", "d"]
     model = load_trained(trained).model
     for name, kept in {"a.png": [0, 2, 4], "b.jpg": [0, 1], "c.JPG": [0], "d.png": [0, 1, 5]}.items():
         picture = read_picture(images / name, 10**6)
