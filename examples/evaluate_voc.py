@@ -14,17 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 from tyro.conf import Positional, arg
-from voc.data import (
-    IGNORE,
-    DataError,
-    find_masks,
-    labels_from_annotations,
-    labels_from_file,
-    labels_from_masks,
-    read_classes,
-    read_mask,
-    read_split,
-)
+from voc.data import IGNORE, DataError, find_masks, read_classes, read_mask, read_split
+from voc.labels import find_labels
 from voc.metrics import class_metrics, confusion_matrix, iou_table, method_table, save_iou_csv, save_method_csv
 
 SHOWN_ERRORS = 10
@@ -122,12 +113,8 @@ def find_pairs(arguments: Arguments, classes: Sequence[str]) -> list[Pair]:
     names = read_split(root, arguments.split)
     targets = find_masks(root, names, arguments.masks)
     labels: Sequence[frozenset[int] | None] = [None] * len(names)
-    if arguments.labels is not None:
-        labels = labels_from_file(arguments.labels, names, classes)
-    elif arguments.clean and (root / "Annotations").is_dir():
-        labels = labels_from_annotations(root / "Annotations", names, classes)
-    elif arguments.clean:
-        labels = labels_from_masks(targets, classes)
+    if arguments.clean:
+        labels = find_labels(root, names, classes, arguments.labels, arguments.masks)
     predictions = [folder / f"{name}.png" for name in names]
     return [Pair(*pair) for pair in zip(predictions, targets, labels, strict=True)]
 
@@ -171,12 +158,7 @@ def read_indices(path: Path) -> NDArray[np.uint8]:
     """Read a mask of class indices [H, W]."""
     if not path.is_file():
         raise DataError(f"mask not found: looked for {path}")
-    try:
-        return read_mask(path)
-    except DataError:
-        raise
-    except Exception as error:  # Pillow raises nearly anything for a damaged file
-        raise DataError(f"cannot read mask {path}: {error}") from error
+    return read_mask(path)
 
 
 def check_indices(path: Path, indices: NDArray[np.uint8], expected: str, num_classes: int) -> None:

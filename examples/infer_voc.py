@@ -13,9 +13,10 @@ from tyro.conf import Positional
 from voc.checkpoints import Trained, load_trained
 from voc.crf import check_crf
 from voc.data import IGNORE, DataError
+from voc.devices import choose_device
 from voc.model import CAMNet
 from voc.pictures import Source, add_labels, find_sources, split_sources, write_outputs, write_scores
-from voc.prediction import Predictor, choose, choose_device, predict, refine
+from voc.prediction import Predictor, choose, predict, refine
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from voc.arguments import parse_arguments
 from voc.checkpoints import Network, build_model
-from voc.data import DataError, Sample, VOCDataset, load_split, load_split_with_masks, read_classes, read_split
+from voc.data import DataError, read_classes, read_split
 from voc.distributed import GlobalBatchNoise
 from voc.evaluation import Group, draw, evaluate
 from voc.inference import normalise
@@ -27,6 +27,7 @@ from voc.metrics import iou_table, mean_iou, save_iou_csv
 from voc.model import Prediction, freeze_norm_statistics
 from voc.pseudo_labels import pseudo_labels
 from voc.settings import Settings
+from voc.splits import Sample, VOCDataset, load_split, load_split_with_masks
 from voc.state import LOSSES, TrainingState, checkpoint_to_resume
 from voc.toy import toy_voc
 from voc.training import (

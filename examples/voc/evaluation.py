@@ -11,12 +11,12 @@ from tqdm import tqdm
 from wsseg_layers import PAMR
 
 from .checkpoints import Network
-from .data import VOCDataset
 from .inference import multi_scale_masks, normalise, segment
 from .metrics import IoUMeter
 from .model import CAMNet
 from .pseudo_labels import pseudo_labels
 from .settings import Settings
+from .splits import VOCDataset
 
 CAM_BACKGROUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # the first is the authors'
 

@@ -18,16 +18,13 @@ from .data import (
     IMAGE_SUFFIXES,
     SPLIT_FOLDER,
     DataError,
-    find_masks,
     first_file,
-    labels_from_annotations,
-    labels_from_file,
-    labels_from_masks,
     read_classes,
     read_lines,
     read_split,
     save_mask,
 )
+from .labels import find_labels, labels_from_file
 from .visualise import overlay
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -113,14 +110,12 @@ def add_labels(
     names = [source.name for source in sources]
     if root is not None and read_classes(root) != tuple(classes):
         raise DataError(f"the checkpoint's classes are not those of {root}: {', '.join(classes)}")
-    if labels_file is not None:
+    if root is not None:
+        labels = find_labels(root, names, classes, labels_file)
+    elif labels_file is not None:
         labels = labels_from_file(labels_file, names, classes)
-    elif root is None:
-        raise DataError("--clean needs image-level labels: give --labels FILE, or a data set with --split")
-    elif (root / "Annotations").is_dir():
-        labels = labels_from_annotations(root / "Annotations", names, classes)
     else:
-        labels = labels_from_masks(find_masks(root, names), classes)
+        raise DataError("--clean needs image-level labels: give --labels FILE, or a data set with --split")
     return [source._replace(labels=present) for source, present in zip(sources, labels, strict=True)]
 
 
@@ -211,7 +206,7 @@ def write_scores(path: Path, classes: Sequence[str], scores: Iterable[tuple[str,
     write_whole(path, write)
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` write a file beside `path`, and rename it: nobody ever sees half of it at `path`."""
     partial = path.with_name(f".partial_{os.getpid()}{path.suffix}")
     try:

@@ -72,16 +72,6 @@ class Predictor:
         return Prediction(masks, probabilities, kept)
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name, or the best there is; it can be used."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
-
-
 def predict(
     sources: Sequence[Source], predictor: Predictor, max_pixels: int, report: Callable[[Path, str], object]
 ) -> Iterator[Result]:

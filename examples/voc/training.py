@@ -13,8 +13,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .checkpoints import Network
-from .data import DataError, Sample, VOCDataset
+from .data import DataError
+from .devices import choose_device
 from .settings import Settings
+from .splits import Sample, VOCDataset
 from .transforms import TrainTransform
 
 MOMENTUM = 0.9
@@ -31,20 +33,13 @@ class Interrupted(Exception):  # noqa: N818  # no error
 
 def start_accelerator(settings: Settings) -> Accelerator:
     """Join the other processes, if `torchrun` started several, and choose device and precision."""
-    if settings.device == "auto":
-        on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    else:
-        try:
-            device = torch.empty(0, device=settings.device).device
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device: cannot use {settings.device!r}: {str(error).splitlines()[0]}") from error
-        on_cpu = device.type == "cpu"
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)
-    if settings.precision == "fp16" and (on_cpu or not torch.cuda.is_available()):
+    device = choose_device(settings.device)
+    if settings.device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    if settings.precision == "fp16" and device.type != "cuda":
         raise ValueError("--precision fp16 needs a CUDA device; bf16 works everywhere")
     precision = "no" if settings.precision == "fp32" else settings.precision
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
     shares = accelerator.num_processes * settings.accumulate
     if settings.batch_size % shares:
         raise ValueError(

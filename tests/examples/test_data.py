@@ -7,18 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from voc.data import (
-    VOC_CLASSES,
-    DataError,
-    VOCDataset,
-    load_split,
-    load_split_with_masks,
-    read_classes,
-    read_mask,
-    read_split,
-    save_mask,
-    voc_palette,
-)
+from voc.data import VOC_CLASSES, DataError, read_classes, read_mask, read_split, save_mask, voc_palette
+from voc.splits import VOCDataset, load_split, load_split_with_masks
 from voc.transforms import TrainTransform
 
 

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from voc.checkpoints import build_model, load_trained, save_checkpoint
 from voc.crf import crf_segment
-from voc.data import load_split_with_masks, read_image, read_mask, read_split, voc_palette
+from voc.data import read_image, read_mask, read_split, voc_palette
 from voc.inference import multi_scale_masks, segment
 from voc.pictures import read_picture
 from voc.settings import PRESETS, Settings
+from voc.splits import load_split_with_masks
 from voc.toy import OBJECTS
 
 SETTINGS = replace(PRESETS["toy"], channels=8, background_power=2.0, min_probability=0.2)

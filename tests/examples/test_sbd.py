@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from prepare_sbd import main
 from scipy.io import savemat
-from voc.data import DataError, load_split, load_split_with_masks, read_mask, read_split, save_mask, voc_palette
+from voc.data import DataError, read_mask, read_split, save_mask, voc_palette
 from voc.sbd import KNOWN_COUNTS, find_sets, read_sbd_mask
+from voc.splits import load_split, load_split_with_masks
 
 HEIGHT, WIDTH = 5, 8
 VOC_TRAIN, VOC_VAL = ["v_train", "v_both"], ["v_val", "s_is_val"]

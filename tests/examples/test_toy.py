@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from voc.data import VOCDataset, load_split, load_split_with_masks, read_classes, read_mask, read_split
+from voc.data import read_classes, read_mask, read_split
+from voc.splits import VOCDataset, load_split, load_split_with_masks
 from voc.toy import OBJECTS, draw_scene, toy_voc
 
 

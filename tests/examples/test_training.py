@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from voc.data import VOCDataset, load_split, read_classes, read_split
+from voc.data import read_classes, read_split
 from voc.distributed import GlobalBatchNoise, share_batch_statistics
+from voc.splits import VOCDataset, load_split
 from voc.training import AugmentedDataset, GlobalBatches, StopRequest, load_batches, mix_seed
 from voc.transforms import TrainTransform
 
