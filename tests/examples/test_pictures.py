@@ -185,6 +185,15 @@ def test_half_a_file_is_never_seen(error: BaseException, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_replaced_not_rewritten(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    path.write_text("older")
+    with path.open() as reader:
+        write_whole(path, lambda partial: partial.write_bytes(b"new"))
+        assert reader.read() == "older"
+    assert path.read_text() == "new"
+
+
 def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     write_scores(tmp_path / "scores.csv", ["a,b", "c"], [(name, [0.25, 1e-9])])
