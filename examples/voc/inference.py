@@ -35,15 +35,15 @@ def multi_scale_masks(
     """
     size = image.shape[-2:]
     image = normalise(image[None], model.backbone)
-    masks, probabilities = [], []
+    total, probabilities = torch.zeros((), device=image.device), []
     for scale in scales:
         scaled = resize(image, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
         for mirrored in (False, True) if flip else (False,):
             prediction: Prediction = model(scaled.flip(-1) if mirrored else scaled)
             full = resize(prediction.masks, size)[0]
-            masks.append(full.flip(-1) if mirrored else full)
+            total = total + (full.flip(-1) if mirrored else full)
             probabilities.append(prediction.class_scores[0].sigmoid())
-    return torch.stack(masks).mean(dim=0), torch.stack(probabilities).amax(dim=0)
+    return total / len(probabilities), torch.stack(probabilities).amax(dim=0)
 
 
 def segment(masks: Tensor, probabilities: Tensor, min_probability: float = 0.1) -> Tensor:
