@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from voc.arguments import parse_arguments
-from voc.checkpoints import Network, build_model
+from voc.checkpoints import CheckpointError, Network, build_model
 from voc.data import DataError, read_classes, read_split
 from voc.distributed import GlobalBatchNoise
 from voc.evaluation import Group, draw, evaluate
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         how = f"go on with: python examples/train_voc.py --resume {settings.output}"
         print(f"\n{str(stop) or 'stopped'}; {how}", file=sys.stderr)
         return 130
-    except (TrainingError, ValueError, OSError) as error:
+    except (TrainingError, DataError, CheckpointError, OSError) as error:
         print(f"\ntrain_voc.py: error: {error}", file=sys.stderr)
         return 1
     finally:
