@@ -24,7 +24,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def bench(request: pytest.FixtureRequest) -> Bench:
     """Times competitors side by side, or only compares them, as the options say."""
     bench = request.config.stash[BENCH]
-    bench.say = request.config.get_terminal_writer().line
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def say(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n{line}", end="", flush=True)
+
+    bench.say = say
     return bench
 
 
