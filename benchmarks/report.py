@@ -74,7 +74,8 @@ def plot(bench: Bench, bandwidth: float) -> Figure:
             axes.loglog(steps, limits, "k--", linewidth=1, label="memory alone")
         axes.set(xlabel=axis, ylabel="ms")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
+        if rows:
+            axes.legend(fontsize=8)
     return figure
 
 
