@@ -22,10 +22,10 @@ from wsseg_layers._checks import (
 )
 
 from . import torch_affinity, torch_propagate
+from .variants import VARIANTS
 
 __all__ = ["BACKENDS", "VARIANTS", "pamr_affinity", "pamr_propagate"]
 
-VARIANTS = ("pamr", "paper", "par")
 BACKENDS = ("auto", "triton", "torch")
 
 _TRITON_INSTALLED = find_spec("triton") is not None
@@ -51,7 +51,7 @@ def pamr_affinity(image: Tensor, dilations: Sequence[int], variant: str = "pamr"
     Args:
         image: image, [B, K, H, W], any floating-point dtype and strides. The batch may be empty.
         dilations: positive integers. A dilation may be larger than the image.
-        variant: "pamr", "paper" or "par".
+        variant: "pamr", "paper", "par", or another form of `kernels/variants.py`.
         backend: "triton" (CUDA and ROCm), "torch" (everywhere), or "auto": Triton where it runs.
 
     Returns:
@@ -73,7 +73,7 @@ def pamr_affinity(image: Tensor, dilations: Sequence[int], variant: str = "pamr"
     """
     _check_maps("image", image)
     dilations = check_dilations(dilations)
-    check_choice("variant", variant, VARIANTS)
+    check_choice("variant", variant, tuple(VARIANTS))
     return _affinity(image.detach(), dilations, variant, _available_backend(backend, image=image))
 
 

@@ -1,6 +1,5 @@
 """The neighbourhood that affinity and propagation share: 8 neighbours at {-d, 0, d}^2 for every dilation d."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
@@ -32,14 +31,3 @@ def shifted_views(padded: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
     height, width = padded.shape[2] - 2 * reach, padded.shape[3] - 2 * reach
     for dy, dx in neighbour_offsets(dilations):
         yield padded[:, :, reach + dy : reach + dy + height, reach + dx : reach + dx + width]
-
-
-def position_affinity(dilations: Sequence[int]) -> list[float]:
-    """Return PAR's position term, w2 softmax(-(distance / std / w1)^2): one number a neighbour, whatever the pixel."""
-    w1, w2 = 0.3, 0.01
-    distance = [math.hypot(dy, dx) for dy, dx in neighbour_offsets(dilations)]
-    mean = sum(distance) / len(distance)
-    std = math.sqrt(sum((x - mean) ** 2 for x in distance) / (len(distance) - 1))
-    exponents = [-((x / (std + 1e-8) / w1) ** 2) for x in distance]
-    terms = [math.exp(x - max(exponents)) for x in exponents]
-    return [w2 * term / sum(terms) for term in terms]

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .variants import VARIANTS
+
 
 @triton.jit
 def affinity_kernel(
@@ -20,7 +22,12 @@ def affinity_kernel(
     height,
     width,
     DILATIONS: tl.constexpr,
-    VARIANT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    SIGMA_POWER: tl.constexpr,
+    POWER: tl.constexpr,
+    GUARD: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    POSITION_WEIGHT: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -55,54 +62,68 @@ def affinity_kernel(
         difference = tl.where(is_neighbour[:, None], value - centre[None, :], 0.0)
         total = tl.sum(difference, axis=0)
         squares = tl.sum(difference * difference, axis=0)
-        SAMPLES: tl.constexpr = (8 if VARIANT == "par" else 9) * len(DILATIONS)  # PAR leaves the centre out
         variance = tl.maximum(squares - total * total / SAMPLES, 0.0) / (SAMPLES - 1)
-        if VARIANT == "pamr":
-            similarity -= tl.abs(difference) / (1e-8 + 0.1 * tl.sqrt(variance))[None, :]
-        elif VARIANT == "paper":
-            similarity -= tl.abs(difference) / (1e-8 + variance)[None, :]
-        else:
-            scaled = difference / (0.3 * (1e-8 + tl.sqrt(variance)))[None, :]
-            similarity -= scaled * scaled
+        sigma = variance if SIGMA_POWER == 2 else tl.sqrt(variance)
+        scaled = tl.abs(difference) / (GUARD + WEIGHT * sigma)[None, :]
+        similarity -= scaled * scaled if POWER == 2 else scaled
         plane += pixels
 
     similarity = tl.where(is_neighbour[:, None], similarity / channels, float("-inf"))
     weight = tl.exp(similarity - tl.max(similarity, axis=0)[None, :])
     weight = weight / tl.sum(weight, axis=0)[None, :]
-    if VARIANT == "par":
-        weight += position_weight(dilation, position, is_neighbour, N)[:, None]
+    if POSITION_WEIGHT > 0:
+        position_term = position_weight(dilation, position, is_neighbour, N, WEIGHT, SIGMA_POWER, POWER, GUARD)
+        weight += (POSITION_WEIGHT * position_term)[:, None]
     target = out + (batch * N + n)[:, None] * pixels + pixel[None, :]
     tl.store(target, weight.to(tl.float32), mask=is_value)
 
 
 @triton.jit
-def position_weight(dilation, position, is_neighbour, N: tl.constexpr):
-    """PAR's position term of every neighbour, w2 softmax(-(distance / std / w1)^2)."""
+def position_weight(
+    dilation,
+    position,
+    is_neighbour,
+    N: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    SIGMA_POWER: tl.constexpr,
+    POWER: tl.constexpr,
+    GUARD: tl.constexpr,
+):
+    """The position term of every neighbour: a softmax over the distances from the pixel."""
     on_diagonal = position % 2 == 0
     distance = tl.where(is_neighbour, dilation.to(tl.float64) * tl.where(on_diagonal, 2**0.5, 1.0), 0.0)
     deviation = tl.where(is_neighbour, distance - tl.sum(distance, axis=0) / N, 0.0)
-    std = tl.sqrt(tl.sum(deviation * deviation, axis=0) / (N - 1))
-    scaled = distance / ((std + 1e-8) * 0.3)
-    exponent = tl.where(is_neighbour, -scaled * scaled, float("-inf"))
+    variance = tl.sum(deviation * deviation, axis=0) / (N - 1)
+    scaled = distance / (GUARD + WEIGHT * (variance if SIGMA_POWER == 2 else tl.sqrt(variance)))
+    exponent = tl.where(is_neighbour, -(scaled * scaled if POWER == 2 else scaled), float("-inf"))
     term = tl.exp(exponent - tl.max(exponent, axis=0))
-    return 0.01 * term / tl.sum(term, axis=0)
+    return term / tl.sum(term, axis=0)
 
 
-def launch_config(neighbours: int, variant: str) -> dict[str, Any]:
-    """Return tile and warps: about 16 values of the tile a thread, the pixels of a row in neighbouring lanes."""
-    block_n = triton.next_power_of_2(neighbours)
-    # Exponents of "paper" and "par" grow without bound: see torch_affinity.
-    dtype = tl.float32 if variant == "pamr" else tl.float64
-    return {"DTYPE": dtype, "BLOCK_N": block_n, "BLOCK_P": max(1, min(32, 4096 // block_n)), "num_warps": 4}
+def launch_config(dilations: Sequence[int], variant: str) -> dict[str, Any]:
+    """Return the constants: about 16 values of the tile a thread, the pixels of a row in neighbouring lanes."""
+    form = VARIANTS[variant]
+    block_n = triton.next_power_of_2(8 * len(dilations))
+    return {
+        "DILATIONS": tuple(dilations),
+        "WEIGHT": form.weight,
+        "SIGMA_POWER": form.sigma_power,
+        "POWER": form.power,
+        "GUARD": form.guard,
+        "SAMPLES": form.samples(len(dilations)),
+        "POSITION_WEIGHT": form.position_weight,
+        "DTYPE": tl.float64 if form.in_double else tl.float32,
+        "BLOCK_N": block_n,
+        "BLOCK_P": max(1, min(32, 4096 // block_n)),
+        "num_warps": 4,
+    }
 
 
 def affinity(image: Tensor, dilations: Sequence[int], variant: str, out: Tensor) -> None:
     """Fill `out` [B, N, H, W], contiguous, with the affinity of an image [B, K, H, W]."""
     image = image.contiguous()
     batch, channels, height, width = image.shape
-    config = launch_config(8 * len(dilations), variant)
+    config = launch_config(dilations, variant)
     grid = (batch * triton.cdiv(height * width, config["BLOCK_P"]),)
     with torch.cuda.device_of(image):
-        affinity_kernel[grid](
-            image, out, channels, height, width, DILATIONS=tuple(dilations), VARIANT=variant, **config
-        )
+        affinity_kernel[grid](image, out, channels, height, width, **config)

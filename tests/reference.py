@@ -168,6 +168,24 @@ def pamr_affinity(image: Array, dilations: Sequence[int], variant: str = "pamr")
     return affinity
 
 
+def squared_affinity(
+    image: Array, dilations: Sequence[int], guard: float, weight: float, position_weight: float
+) -> Array:
+    """A form that no layer uses: softmax of -(|I_i - I_n| / (guard + weight var))^2, plus as much of the distances."""
+    batch, channels, height, width = image.shape
+    steps = [(di, dj) for d in dilations for di in (-d, 0, d) for dj in (-d, 0, d) if (di, dj) != (0, 0)]
+    distance = np.array([np.hypot(di, dj) for di, dj in steps])
+    position = softmax(-((distance / (guard + weight * distance.var(ddof=1))) ** 2))
+    affinity = np.zeros((batch, 8 * len(dilations), height, width))
+    for b, i, j in np.ndindex(batch, height, width):
+        similarity = np.zeros(8 * len(dilations))
+        for k in range(channels):
+            values = np.array([image[b, k, row, column] for row, column in neighbours(i, j, height, width, dilations)])
+            similarity -= ((values - image[b, k, i, j]) / (guard + weight * values.var(ddof=1))) ** 2 / channels
+        affinity[b, :, i, j] = softmax(similarity) + position_weight * position
+    return affinity
+
+
 def pamr_propagate(mask: Array, affinity: Array, dilations: Sequence[int], num_iter: int) -> Array:
     """Eq. 7, `num_iter` times."""
     batch, _, height, width = mask.shape

@@ -4,16 +4,15 @@ Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 from torch import Tensor
 
 from ._checks import check_choice
 from ._refinement import DILATIONS, Backend, Resize, StatelessRefinement, check_settings, match_sizes
-from .kernels import pamr_affinity, pamr_propagate
+from .kernels import VARIANTS, pamr_affinity, pamr_propagate
 
-Affinity = Literal["released", "paper"]
-VARIANTS = {"released": "pamr", "paper": "paper"}  # this library's names -> the operators'
+# This layer's names of the forms -> the operators'.
+AFFINITIES = {"released": "pamr"} | {name: name for name in VARIANTS if name != "pamr"}
 
 
 def pamr(
@@ -21,7 +20,7 @@ def pamr(
     mask: Tensor,
     num_iter: int = 10,
     dilations: Sequence[int] = DILATIONS,
-    affinity: Affinity = "released",
+    affinity: str = "released",
     resize: Resize = "mask",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -46,7 +45,7 @@ def pamr(
         mask: masks, [B, C, h, w]. Each channel is refined by itself.
         num_iter: number of iterations, at least 0.
         dilations: positive integers. A dilation may be larger than the image.
-        affinity: "released" or "paper".
+        affinity: "released" or "paper"; also "par", whose weights are those of `par`.
         resize: what is resized (bilinearly, corners aligned) if the sizes differ: "mask" to the image's size, "image"
             to the masks' size, or "none" to make it an error.
         backend: "auto", "triton" or "torch".
@@ -68,9 +67,9 @@ def pamr(
         torch.Size([1, 21, 64, 48])
     """
     dilations = check_settings(num_iter, dilations, resize, backend)
-    check_choice("affinity", affinity, tuple(VARIANTS))
+    check_choice("affinity", affinity, tuple(AFFINITIES))
     image, mask = match_sizes(resize, image=image, mask=mask)
-    weights = pamr_affinity(image, dilations, VARIANTS[affinity], backend)
+    weights = pamr_affinity(image, dilations, AFFINITIES[affinity], backend)
     return pamr_propagate(mask, weights, dilations, num_iter, backend)
 
 
@@ -83,7 +82,7 @@ class PAMR(StatelessRefinement):
     Args:
         num_iter: number of iterations; 10 in the paper.
         dilations: dilations of the 3x3 neighbourhoods.
-        affinity: "released" for the form of the authors' published code, "paper" for eq. 8 as printed.
+        affinity: "released" for the form of the authors' published code, "paper" for eq. 8 as printed; also "par".
         resize: what is resized if the sizes differ: "mask" (to the image's size), "image" or "none".
         backend: "auto", "triton" or "torch".
 
@@ -107,15 +106,15 @@ class PAMR(StatelessRefinement):
         self,
         num_iter: int = 10,
         dilations: Sequence[int] = DILATIONS,
-        affinity: Affinity = "released",
+        affinity: str = "released",
         resize: Resize = "mask",
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        check_choice("affinity", affinity, tuple(VARIANTS))
+        check_choice("affinity", affinity, tuple(AFFINITIES))
         self.num_iter = num_iter
         self.dilations = check_settings(num_iter, dilations, resize, backend)
-        self.affinity_form: Affinity = affinity
+        self.affinity_form = affinity
         self.resize: Resize = resize
         self.backend: Backend = backend
 
@@ -125,7 +124,7 @@ class PAMR(StatelessRefinement):
 
     def affinity(self, image: Tensor) -> Tensor:
         """Return the weights [B, N, H, W] of an image [B, K, H, W], float32; N = 8 x number of dilations."""
-        return pamr_affinity(image, self.dilations, VARIANTS[self.affinity_form], self.backend)
+        return pamr_affinity(image, self.dilations, AFFINITIES[self.affinity_form], self.backend)
 
     def propagate(self, mask: Tensor, affinity: Tensor) -> Tensor:
         """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave."""

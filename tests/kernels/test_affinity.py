@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from tests import reference
 from tests.strategies import assert_close, dtypes, exact, layouts, map_shapes, seeds, uniform
 from wsseg_layers.kernels import VARIANTS, pamr_affinity
+from wsseg_layers.kernels.variants import Variant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 dilation_lists = st.lists(st.sampled_from([1, 2, 3, 5, 24]), min_size=1, max_size=3)  # some repeat, some pass the image
-variants = st.sampled_from(VARIANTS)
+variants = st.sampled_from(list(VARIANTS))
 
 
 @given(map_shapes(max_channels=3), dilation_lists, variants, dtypes, layouts, seeds)
@@ -103,3 +104,10 @@ def test_stays_in_float32_under_autocast(device: torch.device) -> None:
 
 def test_takes_an_empty_batch() -> None:
     assert pamr_affinity(torch.rand(0, 3, 4, 5), [1, 2]).shape == (0, 16, 4, 5)
+
+
+def test_a_new_form_is_an_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VARIANTS, "mine", Variant(2.0, 2, 2, guard=1.0, with_centre=False, position_weight=0.5))
+    image = uniform((2, 2, 6, 7), torch.float64, "contiguous", seed=0)
+    expected = reference.squared_affinity(exact(image), [1, 3], guard=1.0, weight=2.0, position_weight=0.5)
+    assert_close(pamr_affinity(image, [1, 3], "mine"), expected, dtype=torch.float32, precision=torch.float32)

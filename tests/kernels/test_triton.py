@@ -20,6 +20,7 @@ from wsseg_layers.kernels import VARIANTS, pamr_affinity, pamr_propagate
 
 pytest.importorskip("triton", reason="triton is not installed")
 from wsseg_layers.kernels import triton_affinity, triton_propagate
+from wsseg_layers.kernels.variants import Variant
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -60,7 +61,7 @@ def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @runs_kernels
 @few
-@given(map_shapes(max_channels=3, max_side=7), dilation_lists, st.sampled_from(VARIANTS), dtypes, layouts, seeds)
+@given(map_shapes(max_channels=3, max_side=7), dilation_lists, st.sampled_from(list(VARIANTS)), dtypes, layouts, seeds)
 def test_affinity_equals_the_definition(
     shape: tuple[int, ...], dilations: list[int], variant: str, dtype: torch.dtype, layout: str, seed: int
 ) -> None:
@@ -110,6 +111,15 @@ def test_every_value_is_written(shape: tuple[int, ...]) -> None:
     assert pamr_propagate(mask, affinity, [1, 2], 2, backend="triton").isfinite().all()
     transposed = torch.ops.wsseg_layers.pamr_propagate_transposed(mask, affinity, [1, 2], 2, "triton")
     assert transposed.isfinite().all()
+
+
+@runs_kernels
+def test_a_new_form_is_an_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VARIANTS, "mine", Variant(2.0, 2, 2, guard=1.0, with_centre=False, position_weight=0.5))
+    image = uniform((1, 2, 5, 6), torch.float64, "contiguous", seed=0)
+    expected = reference.squared_affinity(exact(image), [1, 3], guard=1.0, weight=2.0, position_weight=0.5)
+    actual = pamr_affinity(image.to(DEVICE), [1, 3], "mine", backend="triton")
+    assert_close(actual, expected, dtype=torch.float32, precision=torch.float32)
 
 
 @runs_kernels
@@ -169,6 +179,6 @@ def test_tiles_waste_little(channels: int, itemsize: int) -> None:
 
 @pytest.mark.parametrize("dilations", [1, 2, 3, 6, 40, 600])
 def test_affinity_tiles_hold_all_neighbours(dilations: int) -> None:
-    config = triton_affinity.launch_config(8 * dilations, "pamr")
+    config = triton_affinity.launch_config(range(1, dilations + 1), "pamr")
     assert 8 * dilations <= config["BLOCK_N"] < 16 * dilations + 8
     assert config["BLOCK_P"] >= 1

@@ -12,7 +12,7 @@ from triton import language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from wsseg_layers.kernels import triton_affinity, triton_propagate  # noqa: E402
+from wsseg_layers.kernels import VARIANTS, triton_affinity, triton_propagate  # noqa: E402
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 TARGETS = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)]
@@ -44,9 +44,9 @@ def assert_no_spills(compiled: Any, target: GPUTarget, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
-@pytest.mark.parametrize("variant", ["pamr", "par"])
+@pytest.mark.parametrize("variant", list(VARIANTS))
 def test_affinity(variant: str, target: GPUTarget, tmp_path: Path) -> None:
-    config = {"DILATIONS": DILATIONS, "VARIANT": variant, **triton_affinity.launch_config(48, variant)}
+    config = triton_affinity.launch_config(DILATIONS, variant)
     sizes = ["channels", "height", "width"]
     compiled = compile_for(target, triton_affinity.affinity_kernel, "fp32", sizes, config)
     assert_no_spills(compiled, target, tmp_path)
