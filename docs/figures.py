@@ -1,0 +1,159 @@
+"""Draw the pictures of the documentation, docs/images/*.png: `python docs/figures.py`."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from voc.toy import OBJECTS, draw_scene  # noqa: E402
+
+from wsseg_layers import PAMR, PAR  # noqa: E402
+from wsseg_layers.functional import (  # noqa: E402
+    focal_size_penalty,
+    global_cue_injection,
+    ngwp_pool,
+    pamr,
+    stochastic_gate,
+)
+
+IMAGES = ROOT / "docs/images"
+
+
+def main() -> None:
+    """Draw every picture."""
+    figures = {
+        "pamr": draw_pamr,
+        "par": draw_par,
+        "ngwp": draw_ngwp,
+        "size_penalty": draw_size_penalty,
+        "stochastic_gate": draw_stochastic_gate,
+        "gci": draw_gci,
+    }
+    for name, draw in figures.items():
+        torch.manual_seed(0)
+        draw().savefig(IMAGES / f"{name}.png", dpi=110)
+
+
+def scene() -> tuple[Tensor, Tensor]:
+    """Return an image [1, 3, H, W] and the mask of one of its objects, as coarse as a network's, [1, 1, H, W]."""
+    picture, label = draw_scene(np.random.default_rng((3, 5)))
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+    masks = torch.stack([torch.from_numpy(label == index).float() for index in range(1, len(OBJECTS) + 1)])
+    largest = masks[masks.sum(dim=(1, 2)).argmax()][None, None]
+    coarse = F.avg_pool2d(largest, 16, ceil_mode=True)
+    return image, F.interpolate(coarse, image.shape[2:], mode="bilinear", align_corners=True)
+
+
+def row_of_pictures(
+    pictures: dict[str, Tensor], width: float = 2.2, value_range: tuple[float, float] = (0, 1)
+) -> Figure:
+    """Draw images [1, 3, H, W] and maps [1, 1, H, W] side by side under their titles."""
+    figure = Figure(figsize=(width * len(pictures), width * 0.95), layout="constrained")
+    for axes, (title, picture) in zip(figure.subplots(1, len(pictures)), pictures.items(), strict=True):
+        if picture.shape[1] == 3:
+            axes.imshow(picture[0].permute(1, 2, 0).numpy())
+        else:
+            axes.imshow(picture[0, 0].numpy(), cmap="viridis", vmin=value_range[0], vmax=value_range[1])
+        axes.set_title(title, fontsize=10)
+        axes.set_axis_off()
+    return figure
+
+
+def draw_pamr() -> Figure:
+    """Image, coarse mask, and the mask after some iterations."""
+    image, mask = scene()
+    pictures = {"image": image, "mask": mask}
+    for num_iter in (1, 3, 10):
+        pictures[f"{num_iter} iteration{'s' * (num_iter > 1)}"] = pamr(image, mask, num_iter)
+    return row_of_pictures(pictures)
+
+
+def draw_par() -> Figure:
+    """The same mask refined by PAMR and by PAR, which sees colour differences squared."""
+    image, mask = scene()
+    refined = PAR()(image, mask)
+    pictures = {
+        "image": image,
+        "mask": mask,
+        "PAMR": PAMR()(image, mask),
+        f"PAR, up to {refined.max():.2f}": refined,
+        "PAR, renormalised": PAR(renormalise=True)(image, mask),
+    }
+    return row_of_pictures(pictures, value_range=(0, 1.1))
+
+
+def draw_ngwp() -> Figure:
+    """The score of a square object over its size: nGWP against global average pooling."""
+    sides = np.arange(42)
+    pooled, average = [], []
+    for side in sides:
+        masks = torch.zeros(1, 1, 41, 41)
+        masks[:, :, :side, :side] = 1
+        scores = 5 * masks - 1  # 4 on the object, -1 around it
+        pooled.append(ngwp_pool(scores, masks).item())
+        average.append(scores.mean().item())
+    figure = Figure(figsize=(5.5, 3), layout="constrained")
+    axes = figure.subplots()
+    share = sides**2 / 41**2
+    axes.plot(share, pooled, label="nGWP, eq. 3")
+    axes.plot(share, average, label="average pooling (CAM-GAP), eq. 1")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(xlabel="share of the image that the object covers", ylabel="class score")
+    axes.legend()
+    return figure
+
+
+def draw_size_penalty() -> Figure:
+    """The penalty over the mask's mean for several powers and lambdas."""
+    sizes = torch.linspace(0, 1, 200)
+    masks = sizes.view(1, -1, 1, 1)
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for p in (0, 1, 3, 5):
+        left.plot(sizes.numpy(), focal_size_penalty(masks, p=p)[0].numpy(), label=f"p = {p}")
+    for lam in (0.1, 0.01, 0.001):
+        right.plot(sizes.numpy(), focal_size_penalty(masks, lam=lam)[0].numpy(), label=rf"$\lambda$ = {lam}")
+    left.set(xlabel=r"mean of the mask, $\bar m_c$", ylabel="penalty", title=r"$\lambda$ = 0.01")
+    right.set(xlabel=r"mean of the mask, $\bar m_c$", title="p = 3")
+    left.legend()
+    right.legend()
+    return figure
+
+
+def draw_stochastic_gate() -> Figure:
+    """Smooth deep and fine shallow features, one draw of eq. 9, the mean of many, and eq. 10."""
+    image, mask = scene()
+    deep = mask[:, :, ::3, ::3]
+    shallow = image.mean(dim=1, keepdim=True)[:, :, ::3, ::3]
+    draws = torch.stack([stochastic_gate(deep, shallow, 0.3) for _ in range(500)])
+    pictures = {
+        "deep": deep,
+        "shallow": shallow,
+        "training, one draw": draws[0],
+        "mean of 500 draws": draws.mean(dim=0),
+        "evaluation": stochastic_gate(deep, shallow, 0.3, training=False),
+    }
+    return row_of_pictures(pictures, value_range=(-0.3, 1.3))
+
+
+def draw_gci() -> Figure:
+    """One shallow feature, normalised, and after eq. 11 for two pairs of cues."""
+    image, _ = scene()
+    grey = image.mean(dim=1, keepdim=True)
+    edges = (grey - F.avg_pool2d(grey, 5, stride=1, padding=2)) * 4
+    pictures = {"image": image, "shallow feature": edges}
+    for scale, shift in ((1.0, 0.0), (0.3, 1.0), (0.0, 0.5)):
+        cues = torch.tensor([scale, shift]).view(1, 2, 1, 1)
+        pictures[f"z = {scale}, b = {shift}"] = global_cue_injection(edges, cues)
+    return row_of_pictures(pictures, value_range=(-1, 2))
+
+
+if __name__ == "__main__":
+    main()
