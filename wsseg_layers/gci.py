@@ -53,9 +53,8 @@ def global_cue_injection(shallow: Tensor, cues: Tensor, eps: float = 1e-5) -> Te
         )
     dtype = working_dtype(shallow)
     scale, shift = _pool_cues(cues.to(dtype))
-    x = shallow.to(dtype)
-    variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
-    normalised = (x - mean) * torch.rsqrt(variance + eps)
+    # One group a channel: instance_norm without its refusal of a single pixel.
+    normalised = torch.group_norm(shallow.to(dtype), shallow.shape[1], eps=eps)
     return torch.relu(scale * normalised + shift).to(shallow.dtype)  # eq. 11
 
 
@@ -169,5 +168,6 @@ class GCI(nn.Module):
 
 def _pool_cues(cues: Tensor) -> tuple[Tensor, Tensor]:
     """Return the two halves [B, C, 1, 1] of the cues' maximum over space: what scales, and what shifts."""
-    scale, shift = cues.amax(dim=(2, 3), keepdim=True).chunk(2, dim=1)
+    # The gradient goes to one pixel, as in max pooling; amax would spread it over ties, at twice the time.
+    scale, shift = cues.flatten(2).max(dim=2).values[:, :, None, None].chunk(2, dim=1)
     return scale, shift

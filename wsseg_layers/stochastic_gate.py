@@ -59,9 +59,10 @@ def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3, tra
     if not training:
         return (1 - mixing_rate) * deep + mixing_rate * shallow  # eq. 10
     # Drawn in float32: half precision has too few values below psi for its rate to be exact.
-    chosen = torch.rand(deep.shape, device=deep.device, dtype=torch.float32) < mixing_rate  # r
-    compensated = (deep - mixing_rate * shallow) / (1 - mixing_rate)
-    return torch.where(chosen, shallow, compensated)  # eq. 9
+    dtype = torch.promote_types(deep.dtype, shallow.dtype)
+    kept = torch.rand(deep.shape, device=deep.device, dtype=torch.float32).ge_(mixing_rate).to(dtype)  # 1 - r
+    # Eq. 9, rearranged: x_s + (1 - r) (x_d - x_s) / (1 - psi).
+    return torch.addcmul(shallow.to(dtype), kept, deep - shallow, value=1 / (1 - mixing_rate))
 
 
 class StochasticGate(nn.Module):
