@@ -87,18 +87,12 @@ def peak_memory(statement: str, shape: tuple[int, ...]) -> float:
     """Return by how many MiB `statement` raises a fresh process's peak over its inputs."""
     code = f"""
 import sys, torch
-from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from benchmarks import eager
+from benchmarks.measure import resident_memory
 from wsseg_layers.functional import pamr
 
-def peak_kib():
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
 image, mask = torch.rand({shape[0]}, 3, *{shape[2:]}), torch.rand({shape})
-Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, the parent's included
-before = peak_kib()
-{statement}
-print((peak_kib() - before) / 1024)
+print(resident_memory(lambda: {statement}))
 """
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
