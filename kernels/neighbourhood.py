@@ -11,6 +11,11 @@ def neighbour_offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
     return [(dy, dx) for d in dilations for dy in (-d, 0, d) for dx in (-d, 0, d) if (dy, dx) != (0, 0)]
 
 
+def within(dilations: Sequence[int], height: int, width: int) -> list[int]:
+    """Shorten dilations to the map's longer side: a neighbour beyond the border is the border, however far."""
+    return [min(d, max(height, width)) for d in dilations]
+
+
 def pad(x: Tensor, reach: int) -> Tensor:
     """Replicate the border of maps [B, C, H, W] `reach` pixels out on every side."""
     return F.pad(x, (reach, reach, reach, reach), mode="replicate")

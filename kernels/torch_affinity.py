@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .neighbourhood import neighbour_offsets, pad, shifted_views
+from .neighbourhood import neighbour_offsets, pad, shifted_views, within
 from .variants import VARIANTS, Variant, position_affinity
 
 # On the CPU, the softmax is taken of so many pixels at a time and stored pixel by pixel while it is in the cache.
@@ -28,7 +28,8 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: str, out: Tensor)
 def _similarity(image: Tensor, dilations: Sequence[int], form: Variant) -> Tensor:
     """Return the exponents [B, N, H, W] of the softmax."""
     batch, channels, height, width = image.shape
-    neighbours = list(shifted_views(pad(image, max(dilations)), dilations))
+    near = within(dilations, height, width)
+    neighbours = list(shifted_views(pad(image, max(near)), near))
     difference = torch.empty_like(image)
     # Moments about the centre: exactly zero where the image is flat, and no cancellation however large its offset.
     total, squares = torch.zeros_like(image), torch.zeros_like(image)

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .neighbourhood import fold, neighbour_offsets, pad, shifted_views
+from .neighbourhood import fold, neighbour_offsets, pad, shifted_views, within
 
 # With fewer channels, a pixel's neighbours are cheaper as shifted views than as gathered rows (docs/kernels.md).
 GATHER_MIN_CHANNELS = 4
 # Channels are gathered in chunks whose table stays in the last-level cache; this also bounds the extra memory.
 GATHER_TABLE_BYTES = 24 * 2**20
+# As many rows of the image at a time as have an index of this size, which all such blocks read from the cache.
+GATHER_INDEX_BYTES = 2 * 2**20
 
 
 def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
@@ -23,32 +25,54 @@ def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter
 def _propagate_gathered(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
     """Sum rows of a table [H * W, C] as an embedding layer does, N weighted rows a pixel: a compiled gather on CPUs."""
     _, channels, height, width = mask.shape
-    index = _neighbour_index(height, width, dilations)
-    bags = torch.arange(0, index.numel(), affinity.shape[1], dtype=index.dtype)
+    neighbours = affinity.shape[1]
+    reach = min(max(dilations), height - 1)
+    block = min(height, -(-GATHER_INDEX_BYTES // (4 * width * neighbours)))
+    index = _neighbour_index(block, width, reach, dilations)
+    bags = torch.arange(0, index.numel(), neighbours, dtype=index.dtype)
     result = torch.empty_like(mask, memory_format=torch.contiguous_format)
     chunks = min(channels, -(-channels * height * width * 4 // GATHER_TABLE_BYTES))
     for image_mask, image_affinity, image_result in zip(mask, affinity, result, strict=True):
         weights = image_affinity.permute(1, 2, 0).flatten().float()  # no copy of an affinity made on the CPU
         for chunk, refined in zip(image_mask.chunk(chunks), image_result.chunk(chunks), strict=True):
-            table = chunk.flatten(1).t().float().contiguous()
+            # The border is replicated above and below by `reach` rows, to the sides by the index.
+            table = torch.empty(height + 2 * reach, width, len(chunk))
+            table[reach : reach + height] = chunk.permute(1, 2, 0)
+            sums = torch.empty_like(table)
             for _ in range(num_iter):
-                table = torch.embedding_bag(table, index, bags, mode=0, per_sample_weights=weights)[0]
-            refined.copy_(table.t().view(chunk.shape))
+                table[:reach] = table[reach]
+                table[reach + height :] = table[reach + height - 1]
+                for top in range(0, height, block):
+                    rows = min(block, height - top)
+                    first, count = top * width * neighbours, rows * width * neighbours
+                    sums[reach + top : reach + top + rows].flatten(0, 1).copy_(
+                        torch.embedding_bag(
+                            table[top:].flatten(0, 1),
+                            index[:count],
+                            bags[: rows * width],
+                            mode=0,
+                            per_sample_weights=weights[first : first + count],
+                        )[0]
+                    )
+                table, sums = sums, table
+            refined.copy_(table[reach : reach + height].permute(2, 0, 1))
     return result
 
 
-def _neighbour_index(height: int, width: int, dilations: Sequence[int]) -> Tensor:
-    """Return every pixel's N neighbours as rows of the table, [H * W * N]: clamped, which replicates the border."""
+def _neighbour_index(rows: int, width: int, reach: int, dilations: Sequence[int]) -> Tensor:
+    """Return every pixel's N neighbours, [rows * width * N], as rows of a table that starts `reach` rows above."""
     offsets = neighbour_offsets(dilations)
-    dtype = torch.int32 if height * width * len(offsets) < 2**31 else torch.int64
-    dy, dx = torch.tensor(offsets, dtype=dtype).unbind(1)
-    rows = (torch.arange(height, dtype=dtype)[:, None] + dy).clamp_(0, height - 1) * width
-    columns = (torch.arange(width, dtype=dtype)[:, None] + dx).clamp_(0, width - 1)
-    return (rows[:, None] + columns).flatten()
+    fits = max((rows + 2 * reach) * width, rows * width * len(offsets)) < 2**31
+    dtype = torch.int32 if fits else torch.int64
+    dy, dx = torch.tensor(offsets).unbind(1)
+    row = torch.arange(reach, reach + rows)[:, None] + dy.clamp(-reach, reach)  # beyond it, all is border
+    column = (torch.arange(width)[:, None] + dx).clamp_(0, width - 1)
+    return (row[:, None] * width + column).to(dtype).flatten()
 
 
 def _propagate_shifted(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
     """Accumulate shifted views of the padded mask."""
+    dilations = within(dilations, *mask.shape[2:])
     current, weights = _accumulators(mask, affinity)
     for _ in range(num_iter):
         padded = pad(current, max(dilations))
@@ -62,6 +86,7 @@ def propagate_transposed(grad: Tensor, affinity: Tensor, dilations: Sequence[int
     """Return the transposed propagation of [B, C, H, W]: what turns a gradient of the result into the mask's."""
     current, weights = _accumulators(grad, affinity)
     batch, channels, height, width = grad.shape
+    dilations = within(dilations, height, width)
     reach = max(dilations)
     for _ in range(num_iter):
         padded = current.new_zeros(batch, channels, height + 2 * reach, width + 2 * reach)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .neighbourhood import fold
+from .neighbourhood import fold, within
 
 
 @triton.jit
@@ -142,6 +142,7 @@ def launch_config(channels: int, itemsize: int) -> dict[str, int]:
 def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
     """Return the mask [B, C, H, W] after `num_iter` weighted sums over the neighbours: contiguous, in its own dtype."""
     height, width = mask.shape[2:]
+    dilations = within(dilations, height, width)
     config = _config(mask)
     affinity = affinity.contiguous()
     rows, other = _rows(mask, config["CHANNELS"]), None
@@ -158,6 +159,7 @@ def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter
 def propagate_transposed(grad: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
     """Return the transposed propagation of [B, C, H, W]: what turns a gradient of the result into the mask's."""
     batch, _, height, width = grad.shape
+    dilations = within(dilations, height, width)
     config = _config(grad)
     affinity = affinity.contiguous()
     reach = max(dilations)

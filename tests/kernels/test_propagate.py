@@ -56,6 +56,26 @@ def test_gathers_in_chunks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(pamr_propagate(mask, affinity, [1, 2], 3), at_once)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+def test_gathers_in_blocks_of_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask, affinity = torch.rand(2, 5, 6, 7), pamr_affinity(torch.rand(2, 3, 6, 7), [1, 2, 24])
+    at_once = pamr_propagate(mask, affinity, [1, 2, 24], 3)
+    monkeypatch.setattr(torch_propagate, "GATHER_INDEX_BYTES", 4 * 24 * 7 * rows)
+    assert torch.equal(pamr_propagate(mask, affinity, [1, 2, 24], 3), at_once)
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_dilations_far_beyond_the_image_cost_nothing(channels: int) -> None:
+    image, mask = torch.rand(1, 3, 6, 7), torch.rand(1, channels, 6, 7, requires_grad=True)
+    for variant in ("pamr", "par"):
+        affinity = pamr_affinity(image, [1, 2**31 - 1], variant)
+        assert affinity.isfinite().all()
+    affinity = pamr_affinity(image, [1, 50])
+    far, near = (pamr_propagate(mask, affinity, [1, d], 3) for d in (2**31 - 1, 50))
+    assert torch.equal(far, near)
+    assert torch.equal(*(torch.autograd.grad(result.square().sum(), mask)[0] for result in (far, near)))
+
+
 def test_takes_a_half_precision_affinity() -> None:
     mask = torch.rand(1, 21, 6, 7)
     affinity = pamr_affinity(torch.rand(1, 3, 6, 7), [1, 2]).half()
