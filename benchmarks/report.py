@@ -73,6 +73,8 @@ def plot(bench: Bench, bandwidth: float) -> Figure:
             limits = [1e3 * memory_bytes(row_size(bench, axis, step)) / bandwidth for step in steps]
             axes.loglog(steps, limits, "k--", linewidth=1, label="memory alone")
         axes.set(xlabel=axis, ylabel="ms")
+        axes.set_xticks(steps, [f"{step:g}" for step in steps], minor=False)
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3, which="both")
         if rows:
             axes.legend(fontsize=8)

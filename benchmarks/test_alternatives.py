@@ -1,0 +1,27 @@
+"""Propagation on a CPU by the library's gather, and by the other ways that were tried."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.alternatives import interleaved_rows, shifted_views, sparse_matrix
+from benchmarks.measure import Bench, compiler
+from wsseg_layers.kernels import pamr_affinity, pamr_propagate
+
+DILATIONS = (1, 2, 4, 8, 12, 24)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="alternatives for a CPU")
+@torch.no_grad()
+@pytest.mark.parametrize("classes", [2, 21])
+def test_propagation(bench: Bench, classes: int) -> None:
+    side, num_iter = bench.size(smoke=(9, 2), quick=(64, 10), full=(321, 10))
+    torch.manual_seed(0)
+    mask = torch.rand(1, classes, side, side).softmax(dim=1)
+    affinity = pamr_affinity(torch.rand(1, 3, side, side), DILATIONS)
+    ways = {"ours": pamr_propagate, "shifted views": shifted_views, "sparse matrix": sparse_matrix}
+    if bench.mode == "full" and compiler():
+        ways["interleaved rows, compiled"] = interleaved_rows
+    competitors = {name: partial(way, mask, affinity, DILATIONS, num_iter) for name, way in ways.items()}
+    bench.compare("propagation alone", "x".join(map(str, mask.shape)), competitors)
