@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,16 +82,21 @@ class Bench:
         waiting = dict(competitors)
         while waiting:
             for name, function in list(waiting.items()):
-                if name not in memory:  # one of the calls that are timed: there are formulations that take 10 s
-                    memory[name] = self.memory(lambda name=name, run=function: seconds[name].append(self.time(run)))
-                else:
-                    seconds[name].append(self.time(function))
+                timed = partial(self.append_time, seconds[name], function)
+                if name in memory:
+                    timed()
+                else:  # memory is that of the first timed call: there are formulations that take 10 s
+                    memory[name] = self.memory(timed)
                 if sum(seconds[name]) > SECONDS[self.mode] or len(seconds[name]) >= MOST_CALLS:
                     del waiting[name]
         for name in competitors:
             row = Row(title, size, name, tuple(seconds[name]), memory[name], values)
             self.rows.append(row)
             self.say(f"{title:24} {size:22} {name:28} {row.median * 1e3:10.3f} ms")
+
+    def append_time(self, seconds: list[float], function: Function) -> None:
+        """Time one call and append its seconds."""
+        seconds.append(self.time(function))
 
     def time(self, function: Function) -> float:
         """Return the seconds that one call takes."""

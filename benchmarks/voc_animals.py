@@ -9,11 +9,11 @@ picked for them: it cannot be compared with a figure of 21 classes.
 
 import platform
 import sys
-from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -35,7 +35,7 @@ def main() -> int:
     output = parse_arguments(arguments).output
     without = output.with_name(f"{output.name}_without_pamr")
     runs = {output: [], without: ["--pamr-iterations", "0", "--no-baseline", "--output", str(without)]}
-    columns: dict[str, Sequence[float]] = {}
+    columns: dict[str, Tensor] = {}
     for folder, changes in runs.items():
         if not (folder / "iou.csv").is_file():
             code = train_main([*arguments, *changes])
