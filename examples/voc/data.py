@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.ExifTags import Base
 from torch import Tensor
 
 VOC_CLASSES = (
@@ -16,6 +17,16 @@ VOC_CLASSES = (
 IGNORE = 255
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for bad files
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+# How to turn an image upright, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
 SPLIT_FOLDER = Path("ImageSets", "Segmentation")
 
@@ -108,14 +119,29 @@ def find_masks(root: Path, names: Sequence[str], folder: Path | None = None) -> 
     return tuple(paths)
 
 
+def turn_upright(image: Image.Image) -> Image.Transpose | None:
+    """Return how to turn an opened image as its camera was held; None where it is stored upright."""
+    return TURNS.get(image.getexif().get(Base.Orientation, 1))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB."""
+    if image.mode == "F":
+        raise DataError("has floating-point pixels, whose range is unknown")
+    if image.mode.startswith("I"):  # 16 bits, which older versions of Pillow hold in 32; convert() would clip them
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def read_image(path: Path) -> Tensor:
-    """Read an image as RGB [3, H, W] in [0, 1]."""
+    """Read an image as RGB [3, H, W] in [0, 1], turned upright."""
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except IMAGE_ERRORS as error:
+            turn, rgb = turn_upright(image), to_rgb(image)
+    except (DataError, *IMAGE_ERRORS) as error:
         raise DataError(f"cannot read image {path}: {error}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+    pixels = np.array(rgb if turn is None else rgb.transpose(turn))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 def read_mask(path: Path) -> NDArray[np.uint8]:
@@ -128,6 +154,14 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
     if mode not in ("P", "L"):
         raise DataError(f"mask {path} has mode {mode}: expected a palette or 8-bit greyscale PNG")
     return mask
+
+
+def read_mask_upright(path: Path, image_path: Path) -> NDArray[np.uint8]:
+    """Read the mask of an image, which lies on the pixels as stored, and turn it as `read_image` turns them."""
+    mask = read_mask(path)
+    with Image.open(image_path) as image:
+        turn = turn_upright(image)
+    return mask if turn is None else np.array(Image.fromarray(mask).transpose(turn))
 
 
 def voc_palette() -> NDArray[np.uint8]:

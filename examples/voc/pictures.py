@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from PIL.ExifTags import Base
 from torch import Tensor
 
 from .data import (
@@ -23,6 +22,8 @@ from .data import (
     read_lines,
     read_split,
     save_mask,
+    to_rgb,
+    turn_upright,
 )
 from .labels import find_labels, labels_from_file
 from .visualise import overlay
@@ -31,16 +32,7 @@ SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".
 # Pillow knows more, and goes by the content, not the suffix: for EPS it would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
-# How to turn an image upright, by its EXIF orientation, and how to turn it back where that is something else.
-TURN_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# How to turn a mask of the upright image back, where that is not the same turn again.
 TURN_BACK = {
     Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
     Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
@@ -148,7 +140,7 @@ def read_picture(path: Path, max_pixels: int) -> Picture:
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are below the limit
             with Image.open(path, formats=FORMATS) as image:
                 image.load()
-                upright = TURN_UPRIGHT.get(image.getexif().get(Base.Orientation))
+                upright = turn_upright(image)
                 rgb, size = to_rgb(image), image.size
     except DataError:
         raise
@@ -163,15 +155,6 @@ def read_picture(path: Path, max_pixels: int) -> Picture:
     if upright is not None:
         rgb = rgb.transpose(upright)
     return Picture(np.array(rgb), size, upright)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to 8-bit RGB."""
-    if image.mode == "F":
-        raise DataError("has floating-point pixels, whose range is unknown")
-    if image.mode.startswith("I"):  # 16 bits, which older versions of Pillow hold in 32; convert() would clip them
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def reduced_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:

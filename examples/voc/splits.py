@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data import DataError, find_images, find_masks, read_image, read_mask
+from .data import DataError, find_images, find_masks, read_image, read_mask_upright
 from .labels import find_labels, labels_from_masks
 
 
@@ -58,8 +58,11 @@ class VOCDataset(Dataset[Sample]):
         split = self.split
         labels = torch.zeros(len(split.classes))
         labels[list(split.labels[index])] = 1
-        mask = read_mask(split.masks[index]) if split.masks else np.empty((0, 0), np.uint8)
-        return Sample(split.names[index], read_image(split.images[index]), labels, torch.from_numpy(mask).long())
+        image = read_image(split.images[index])
+        mask = np.empty((0, 0), np.uint8)
+        if split.masks:
+            mask = read_mask_upright(split.masks[index], split.images[index])
+        return Sample(split.names[index], image, labels, torch.from_numpy(mask).long())
 
 
 def load_split(root: Path, names: Sequence[str], classes: Sequence[str], labels_file: Path | None = None) -> VOCSplit:

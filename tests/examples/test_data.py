@@ -205,3 +205,22 @@ def test_mask_in_colour(root: Path) -> None:
     Image.new("RGB", (6, 4)).save(root / "SegmentationClass/c.png")
     with pytest.raises(DataError, match="has mode RGB"):
         check_everything(root)
+
+
+HELD = Image.Transpose  # how the camera was held: the turn from the upright picture to what is stored
+STORED = {2: HELD.FLIP_LEFT_RIGHT, 3: HELD.ROTATE_180, 4: HELD.FLIP_TOP_BOTTOM, 5: HELD.TRANSPOSE, 6: HELD.ROTATE_90,
+          7: HELD.TRANSVERSE, 8: HELD.ROTATE_270}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_images_are_turned_upright_with_their_masks(orientation: int, root: Path) -> None:
+    pixels = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    mask = np.arange(4 * 6, dtype=np.uint8).reshape(4, 6) % 20
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (root / "JPEGImages/a.jpg").unlink()
+    Image.fromarray(pixels).transpose(STORED[orientation]).save(root / "JPEGImages/a.png", exif=exif)
+    save_mask(root / "SegmentationClass/a.png", np.array(Image.fromarray(mask).transpose(STORED[orientation])))
+    sample = VOCDataset(load_split_with_masks(root, ["a"], VOC_CLASSES))[0]
+    np.testing.assert_array_equal((sample.image * 255).permute(1, 2, 0).numpy(), pixels)
+    np.testing.assert_array_equal(sample.mask.numpy(), mask)
