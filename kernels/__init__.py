@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from wsseg_layers._checks import (
     check_choice,
     check_count,
     check_dilations,
     check_maps,
+    check_pixels,
     check_same_batch,
     check_same_device,
 )
@@ -71,7 +73,8 @@ def pamr_affinity(image: Tensor, dilations: Sequence[int], variant: str = "pamr"
         >>> pamr_affinity(torch.zeros(1, 3, 4, 5), dilations=[1, 2])[0, :, 0, 0].mul(16).tolist() == [1.0] * 16
         True
     """
-    _check_maps("image", image)
+    check_maps("image", image)
+    check_pixels("image", image)
     dilations = check_dilations(dilations)
     check_choice("variant", variant, tuple(VARIANTS))
     return _affinity(image.detach(), dilations, variant, _available_backend(backend, image=image))
@@ -112,8 +115,9 @@ def pamr_propagate(
         >>> torch.allclose(pamr_propagate(ones, affinity, dilations=[1, 2], num_iter=10), ones)
         True
     """
-    _check_maps("mask", mask)
-    _check_maps("affinity", affinity)
+    for name, maps in {"mask": mask, "affinity": affinity}.items():
+        check_maps(name, maps)
+        check_pixels(name, maps)
     dilations = check_dilations(dilations)
     check_count("num_iter", num_iter, minimum=0)
     check_same_batch(mask=mask, affinity=affinity)
@@ -129,13 +133,13 @@ def pamr_propagate(
         )
     if affinity.requires_grad and torch.is_grad_enabled():
         raise ValueError("affinity must not require a gradient, for none flows to it: pass affinity.detach()")
-    return _propagate(mask, affinity, dilations, num_iter, _available_backend(backend, mask=mask))
-
-
-def _check_maps(name: str, tensor: Tensor) -> None:
-    check_maps(name, tensor)
-    if 0 in tensor.shape[1:]:
-        raise ValueError(f"{name} must have at least one channel and one pixel, got shape {list(tensor.shape)}")
+    backend = _available_backend(backend, mask=mask)
+    mask, tangent = forward_ad.unpack_dual(mask)
+    refined = _propagate(mask, affinity, dilations, num_iter, backend)
+    if tangent is None:
+        return refined
+    # A custom operator would drop the tangent in silence. It is linear: the tangent is propagated like the masks.
+    return forward_ad.make_dual(refined, pamr_propagate(tangent, affinity, dilations, num_iter, backend))
 
 
 def _available_backend(backend: str, **argument: Tensor) -> str:

@@ -36,7 +36,7 @@ def _propagate_gathered(mask: Tensor, affinity: Tensor, dilations: Sequence[int]
         weights = image_affinity.permute(1, 2, 0).flatten().float()  # no copy of an affinity made on the CPU
         for chunk, refined in zip(image_mask.chunk(chunks), image_result.chunk(chunks), strict=True):
             # The border is replicated above and below by `reach` rows, to the sides by the index.
-            table = torch.empty(height + 2 * reach, width, len(chunk))
+            table = weights.new_empty(height + 2 * reach, width, len(chunk))
             table[reach : reach + height] = chunk.permute(1, 2, 0)
             sums = torch.empty_like(table)
             for _ in range(num_iter):

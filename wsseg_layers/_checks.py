@@ -4,15 +4,39 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+import torch
 from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+FLOAT32 = torch.finfo(torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_real(name: str, value: float) -> None:
-    """Refuse anything but a finite number."""
+    """Refuse anything but a number that float32 can hold."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # An integer may be too large to become a float; a half of NumPy's is compared as a float only.
+    magnitude = abs(value if isinstance(value, Integral) else float(value))
+    if not magnitude < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
+    if magnitude > FLOAT32.max:
+        raise ValueError(f"{name} must be at most {FLOAT32.max:.3g}, where float32 ends, got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse anything but a positive number that float32 does not take for 0."""
+    check_real(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    if value < FLOAT32.tiny:
+        raise ValueError(f"{name} must be at least {FLOAT32.tiny:.3g}, below which it is 0 in float32, got {value}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Refuse anything but True and False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -22,11 +46,13 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_count(name: str, value: int, minimum: int) -> None:
-    """Refuse anything but an integer of at least `minimum`."""
+    """Refuse anything but an integer of 32 bits of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if value > INT32_MAX:
+        raise ValueError(f"{name} must be at most {INT32_MAX}, got {value}")
 
 
 def check_dilations(dilations: Sequence[int]) -> tuple[int, ...]:
@@ -41,11 +67,16 @@ def check_dilations(dilations: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Refuse anything but a real floating-point tensor."""
+    """Refuse anything but a dense tensor of float16, bfloat16, float32 or float64."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must have dtype {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {layout}")
 
 
 def check_maps(name: str, tensor: Tensor) -> None:
@@ -55,15 +86,24 @@ def check_maps(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have 4 dimensions [B, C, h, w], got shape {list(tensor.shape)}")
 
 
+def check_pixels(name: str, tensor: Tensor) -> None:
+    """Refuse maps [B, C, h, w] without a channel or without a pixel; the batch may be empty."""
+    if 0 in tensor.shape[1:]:
+        raise ValueError(f"{name} must have at least one channel and one pixel, got shape {list(tensor.shape)}")
+
+
 def check_same_device(**tensors: Tensor) -> None:
     """Refuse tensors on different devices."""
-    if len({tensor.device for tensor in tensors.values()}) > 1:
+    first, *others = tensors.values()
+    if any(tensor.device != first.device for tensor in others):
         placed = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
         raise ValueError(f"{' and '.join(tensors)} must be on one device, got {placed}")
 
 
 def check_same_batch(**tensors: Tensor) -> None:
     """Refuse tensors of different batch sizes."""
-    if len({tensor.shape[0] for tensor in tensors.values()}) > 1:
+    first, *others = tensors.values()
+    # One by one: a set of sizes would make a compiler or torch.export fix a batch size that is to stay dynamic.
+    if any(tensor.shape[0] != first.shape[0] for tensor in others):
         sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
         raise ValueError(f"{' and '.join(tensors)} must have the same batch size, got {sizes}")

@@ -11,9 +11,13 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Return whether autocast is on for a device."""
+    return torch.amp.autocast_mode.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def result_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the inputs' common dtype, or the working dtype under autocast, as PyTorch's own reductions do."""
-    device = tensors[0].device.type
-    if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if autocasts(tensors[0].device):
         return working_dtype(*tensors)
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))

@@ -6,7 +6,15 @@ from typing import Any, ClassVar, Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_count, check_dilations, check_maps, check_same_batch, check_same_device
+from ._checks import (
+    check_choice,
+    check_count,
+    check_dilations,
+    check_maps,
+    check_pixels,
+    check_same_batch,
+    check_same_device,
+)
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 Resize = Literal["mask", "image", "none"]
@@ -33,8 +41,7 @@ def match_sizes(resize: Resize, **image_and_mask: Tensor) -> tuple[Tensor, Tenso
     """
     for name, tensor in image_and_mask.items():
         check_maps(name, tensor)
-        if 0 in tensor.shape[1:]:
-            raise ValueError(f"{name} must have at least one channel and one pixel, got shape {list(tensor.shape)}")
+        check_pixels(name, tensor)
     check_same_batch(**image_and_mask)
     check_same_device(**image_and_mask)
     image_name, mask_name = image_and_mask

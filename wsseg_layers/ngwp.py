@@ -5,7 +5,7 @@ Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR
 
 from torch import Tensor, nn
 
-from ._checks import check_maps, check_real, check_same_device
+from ._checks import check_maps, check_positive, check_same_device
 from ._dtypes import result_dtype, working_dtype
 
 
@@ -38,7 +38,7 @@ def ngwp_pool(scores: Tensor, masks: Tensor, eps: float = 1.0) -> Tensor:
         >>> ngwp_pool(scores, masks)  # 5 / (1 + 1)
         tensor([[2.5000]])
     """
-    _check_eps(eps)
+    check_positive("eps", eps)
     check_maps("scores", scores)
     check_maps("masks", masks)
     if scores.shape[1] + 1 == masks.shape[1]:
@@ -53,7 +53,7 @@ def ngwp_pool(scores: Tensor, masks: Tensor, eps: float = 1.0) -> Tensor:
     dtype = working_dtype(scores, masks)
     weights = masks.to(dtype)
     weighted = (weights * scores.to(dtype)).sum(dim=(2, 3))
-    pooled = weighted / (eps + weights.sum(dim=(2, 3)))  # eq. 3
+    pooled = weighted / (float(eps) + weights.sum(dim=(2, 3)))  # eq. 3
     return pooled.to(result_dtype(scores, masks))
 
 
@@ -74,7 +74,7 @@ class nGWPPool(nn.Module):  # noqa: N801 - the paper's spelling
 
     def __init__(self, eps: float = 1.0) -> None:
         super().__init__()
-        _check_eps(eps)
+        check_positive("eps", eps)
         self.eps = eps
 
     def forward(self, scores: Tensor, masks: Tensor) -> Tensor:
@@ -84,9 +84,3 @@ class nGWPPool(nn.Module):  # noqa: N801 - the paper's spelling
     def extra_repr(self) -> str:
         """Return what `print(module)` shows."""
         return f"eps={self.eps}"
-
-
-def _check_eps(eps: float) -> None:
-    check_real("eps", eps)
-    if eps <= 0:
-        raise ValueError(f"eps must be positive, got {eps}")

@@ -124,6 +124,7 @@ class PAMR(StatelessRefinement):
 
     def affinity(self, image: Tensor) -> Tensor:
         """Return the weights [B, N, H, W] of an image [B, K, H, W], float32; N = 8 x number of dilations."""
+        check_choice("affinity", self.affinity_form, tuple(AFFINITIES))
         return pamr_affinity(image, self.dilations, AFFINITIES[self.affinity_form], self.backend)
 
     def propagate(self, mask: Tensor, affinity: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._checks import check_maps
+from ._checks import check_flag, check_maps, check_pixels
 from ._refinement import DILATIONS, Backend, Resize, StatelessRefinement, check_settings, match_sizes
 from .kernels import pamr_affinity, pamr_propagate
 
@@ -65,6 +65,7 @@ def par(
         torch.Size([1, 21, 64, 48])
     """
     dilations = check_settings(num_iter, dilations, resize, backend)
+    check_flag("renormalise", renormalise)
     imgs, masks = match_sizes(resize, imgs=imgs, masks=masks)
     weights = _affinity(imgs, dilations, renormalise, backend)
     return pamr_propagate(masks, weights, dilations, num_iter, backend)
@@ -102,6 +103,7 @@ class PAR(StatelessRefinement):
     ) -> None:
         super().__init__()
         self.dilations = check_settings(num_iter, dilations, resize, backend)
+        check_flag("renormalise", renormalise)
         self.num_iter = num_iter
         self.renormalise = renormalise
         self.resize: Resize = resize
@@ -114,11 +116,13 @@ class PAR(StatelessRefinement):
     def affinity(self, imgs: Tensor) -> Tensor:
         """Return the weights [B, N, H, W] of images [B, K, H, W], float32; N = 8 x number of dilations."""
         check_maps("imgs", imgs)
+        check_pixels("imgs", imgs)
         return _affinity(imgs, self.dilations, self.renormalise, self.backend)
 
     def propagate(self, masks: Tensor, affinity: Tensor) -> Tensor:
         """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave."""
         check_maps("masks", masks)
+        check_pixels("masks", masks)
         return pamr_propagate(masks, affinity, self.dilations, self.num_iter, self.backend)
 
     def extra_repr(self) -> str:

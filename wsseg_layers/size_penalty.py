@@ -5,7 +5,7 @@ Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR
 
 from torch import Tensor, nn
 
-from ._checks import check_maps, check_real
+from ._checks import check_maps, check_positive, check_real
 from ._dtypes import result_dtype, working_dtype
 
 
@@ -47,8 +47,8 @@ def focal_size_penalty(masks: Tensor, p: float = 3.0, lam: float = 0.01) -> Tens
     # and the power itself NaN for a mean above 1.
     rest = 1 - mean
     full = rest <= 0
-    focus = rest.masked_fill(full, 1.0).pow(p).masked_fill(full, 0.0**p)
-    penalty = focus * (lam + mean).log()  # eq. 5
+    focus = rest.masked_fill(full, 1.0).pow(float(p)).masked_fill(full, 0.0**p)
+    penalty = focus * (float(lam) + mean).log()  # eq. 5
     return penalty.to(result_dtype(masks))
 
 
@@ -85,6 +85,4 @@ def _check_parameters(p: float, lam: float) -> None:
     check_real("p", p)
     if p < 0:
         raise ValueError(f"p must be at least 0, got {p}")
-    check_real("lam", lam)
-    if lam <= 0:
-        raise ValueError(f"lam must be positive, got {lam}")
+    check_positive("lam", lam)

@@ -3,12 +3,12 @@
 Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, section 3.4.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_floating, check_real, check_same_device
+from ._checks import check_choice, check_flag, check_floating, check_real, check_same_device
 
 Mode = Literal["stochastic", "deterministic"]
 
@@ -27,7 +27,7 @@ def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3, tra
     Args:
         deep: deep features, any shape.
         shallow: shallow features of the same shape.
-        mixing_rate: psi in [0, 1), the share of shallow features. 0 returns `deep` itself; not training, 1 is allowed.
+        mixing_rate: psi in [0, 1), the share of shallow features. 0 returns `deep`; not training, 1 is allowed.
         training: eq. 9 if True, eq. 10 if False.
 
     Returns:
@@ -47,6 +47,7 @@ def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3, tra
         tensor([0.7500])
         >>> mixed = stochastic_gate(deep, shallow, mixing_rate=0.5)  # zeros (r = 1) and twos (r = 0)
     """
+    check_flag("training", training)
     _check_mixing_rate(mixing_rate, training)
     check_floating("deep", deep)
     check_floating("shallow", shallow)
@@ -54,12 +55,13 @@ def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3, tra
         raise ValueError(f"shallow must have the shape of deep {list(deep.shape)}, got {list(shallow.shape)}")
     check_same_device(deep=deep, shallow=shallow)
 
+    mixing_rate = float(mixing_rate)
+    dtype = torch.promote_types(deep.dtype, shallow.dtype)
     if mixing_rate == 0:
-        return deep
+        return deep.to(dtype)
     if not training:
         return (1 - mixing_rate) * deep + mixing_rate * shallow  # eq. 10
     # Drawn in float32: half precision has too few values below psi for its rate to be exact.
-    dtype = torch.promote_types(deep.dtype, shallow.dtype)
     kept = torch.rand(deep.shape, device=deep.device, dtype=torch.float32).ge_(mixing_rate).to(dtype)  # 1 - r
     # Eq. 9, rearranged: x_s + (1 - r) (x_d - x_s) / (1 - psi).
     return torch.addcmul(shallow.to(dtype), kept, deep - shallow, value=1 / (1 - mixing_rate))
@@ -88,13 +90,14 @@ class StochasticGate(nn.Module):
 
     def __init__(self, mixing_rate: float = 0.3, mode: Mode = "stochastic") -> None:
         super().__init__()
-        check_choice("mode", mode, ("stochastic", "deterministic"))
+        check_choice("mode", mode, get_args(Mode))
         _check_mixing_rate(mixing_rate, training=mode == "stochastic")
         self.mixing_rate = mixing_rate
         self.mode = mode
 
     def forward(self, deep: Tensor, shallow: Tensor) -> Tensor:
         """Return the mix of deep and shallow features, which have the same shape."""
+        check_choice("mode", self.mode, get_args(Mode))
         return stochastic_gate(deep, shallow, self.mixing_rate, self.training and self.mode == "stochastic")
 
     def extra_repr(self) -> str:

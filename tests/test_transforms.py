@@ -1,0 +1,171 @@
+"""Every layer under PyTorch's transforms and settings: forward derivatives, vmap, default dtype and device."""
+
+import copy
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from wsseg_layers import GCI, PAMR, PAR, FocalSizePenalty, StochasticGate, nGWPPool
+from wsseg_layers.functional import stochastic_gate
+from wsseg_layers.kernels import pamr_affinity, pamr_propagate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+IMAGE, MAPS, FEW = torch.rand(2, 3, 6, 7), torch.rand(2, 5, 6, 7), torch.rand(2, 2, 4, 3)
+
+BATCH_GCI, INSTANCE_GCI = GCI(5, 3).eval(), GCI(5, 3, norm="instance")
+
+# Layers as functions of their masks or deep features, and values of these.
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "PAMR": (lambda mask: PAMR(2, [1, 2])(IMAGE, mask), MAPS),
+    "PAMR, few masks, resized": (lambda mask: PAMR(2, [1, 2])(IMAGE, mask), FEW),
+    "PAMR, eq. 8": (lambda mask: PAMR(2, [1, 2], "paper")(IMAGE, mask), MAPS),
+    "PAR": (lambda masks: PAR([1, 2], 2, renormalise=True)(IMAGE, masks), MAPS),
+    "nGWPPool": (lambda masks: nGWPPool()(MAPS.flip(1), masks), MAPS),
+    "FocalSizePenalty": (FocalSizePenalty(), MAPS),
+    "StochasticGate": (lambda deep: StochasticGate()(deep, MAPS.flip(1)), MAPS),
+    "StochasticGate, evaluation": (lambda deep: StochasticGate().eval()(deep, MAPS.flip(1)), MAPS),
+    "GCI, batch": (lambda deep: BATCH_GCI(IMAGE, deep), MAPS),
+    "GCI, instance": (lambda deep: INSTANCE_GCI(IMAGE, deep), MAPS),
+}
+each_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def seeded(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that draws the same random numbers at every call."""
+
+    def call(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return function(*tensors)
+
+    return call
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which torch.func.jvp uses
+@each_function
+def test_forward_derivatives_agree_with_backward(name: str) -> None:
+    # A registered operator without a forward derivative would give zeros, and say nothing.
+    function, x = seeded(FUNCTIONS[name][0]), FUNCTIONS[name][1]
+    tangent, leaf = torch.rand_like(x), x.clone().requires_grad_()
+    with forward_ad.dual_level():
+        result = function(forward_ad.make_dual(x, tangent))
+        forward = forward_ad.unpack_dual(result).tangent
+    assert forward is not None
+    torch.testing.assert_close(torch.func.jvp(function, (x,), (tangent,)), (function(x), forward))
+    weight = torch.rand_like(forward)
+    (backward,) = torch.autograd.grad(function(leaf), leaf, weight)
+    torch.testing.assert_close((forward * weight).sum(), (backward * tangent).sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_no_forward_derivative_comes_from_the_image() -> None:
+    with forward_ad.dual_level():
+        image = forward_ad.make_dual(IMAGE, torch.ones_like(IMAGE))
+        assert forward_ad.unpack_dual(PAMR(2, [1, 2])(image, MAPS)).tangent is None
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "StochasticGate"])  # its draw is not a loop's
+def test_vmap_is_a_loop(name: str) -> None:
+    function, x = FUNCTIONS[name]
+    batch = torch.stack([x, x.flip(2)])
+    torch.testing.assert_close(torch.vmap(function)(batch), torch.stack([function(x) for x in batch]))
+
+
+@pytest.mark.parametrize("name", ["PAMR", "PAR"])
+def test_functional_gradients_of_refinements_are_refused(name: str) -> None:
+    # What torch.func.grad cannot take, it must not take for a constant.
+    function, x = FUNCTIONS[name]
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda mask: function(mask).sum())(x)
+
+
+@each_function
+def test_default_dtype_and_device_do_not_matter(name: str) -> None:
+    function, x = seeded(FUNCTIONS[name][0]), FUNCTIONS[name][1]
+    expected = function(x)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            result = function(x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert result.dtype == torch.float32
+        assert torch.equal(result, expected)
+    with torch.device("meta"):
+        result = function(x)
+    assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "GCI" not in name])
+def test_meta_tensors_give_shape_and_dtype(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, x = FUNCTIONS[name]
+    expected = function(x.to(dtype))
+    for other in ("IMAGE", "MAPS"):
+        monkeypatch.setitem(globals(), other, globals()[other].to("meta"))
+    result = function(x.to("meta", dtype))
+    assert result.device.type == "meta"
+    assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize(
+    ("module", "attribute", "value", "message"),
+    [
+        (PAMR(), "num_iter", -1, "num_iter must be at least 0, got -1"),
+        (PAMR(), "dilations", [0], r"dilations\[0\] must be at least 1, got 0"),
+        (PAMR(), "affinity_form", "pamr", "affinity must be one of .*, got 'pamr'"),
+        (PAMR(), "backend", "cuda", "backend must be one of .*, got 'cuda'"),
+        (PAR(), "resize", "both", "resize must be one of .*, got 'both'"),
+        (PAR(), "renormalise", "no", "renormalise must be True or False, got 'no'"),
+        (nGWPPool(), "eps", 0, "eps must be positive, got 0"),
+        (StochasticGate(), "mixing_rate", 1, r"mixing_rate must be in \[0, 1\), got 1"),
+        (StochasticGate(), "mode", "random", "mode must be one of .*, got 'random'"),
+    ],
+)
+def test_attributes_are_checked_when_they_are_used(module: nn.Module, attribute: str, value: Any, message: str) -> None:
+    module = copy.deepcopy(module)
+    setattr(module, attribute, value)
+    with pytest.raises((TypeError, ValueError), match=message):
+        module(MAPS, MAPS)
+
+
+def test_attributes_are_checked_when_only_an_affinity_is_computed() -> None:
+    module = PAMR()
+    module.affinity_form = "pamr"
+    with pytest.raises(ValueError, match="affinity must be one of 'released', 'paper', 'par', got 'pamr'"):
+        module.affinity(IMAGE)
+
+
+def test_training_is_a_flag() -> None:
+    with pytest.raises(TypeError, match="training must be True or False, got 'eval'"):
+        stochastic_gate(MAPS, MAPS, training="eval")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("number", [np.float16(0.5), np.float32(0.5), np.float64(0.5), Fraction(1, 2)])
+def test_numbers_of_other_kinds(number: Any) -> None:
+    leaf = MAPS.clone().requires_grad_()
+    assert torch.equal(nGWPPool(number)(leaf, MAPS), nGWPPool(0.5)(leaf, MAPS))
+    assert torch.equal(FocalSizePenalty(number, number)(leaf), FocalSizePenalty(0.5, 0.5)(leaf))
+    for training in (True, False):
+        ours, theirs = StochasticGate(number).train(training), StochasticGate(0.5).train(training)
+        assert torch.equal(*(seeded(gate)(leaf, MAPS) for gate in (ours, theirs)))
+
+
+def test_integers_of_numpy() -> None:
+    affinity = pamr_affinity(IMAGE, [np.int8(1), np.int64(2)])
+    expected = PAMR(2, [1, 2])(IMAGE, MAPS)
+    assert torch.equal(pamr_propagate(MAPS, affinity, [np.uint8(1), np.int16(2)], np.int32(2)), expected)
+
+
+def test_gate_of_rate_zero_has_the_common_dtype() -> None:
+    for training in (True, False):
+        gate = StochasticGate(0.0).train(training)
+        assert gate(MAPS.half(), MAPS).dtype == torch.float32
+        assert torch.equal(gate(MAPS.half(), MAPS), MAPS.half().float())
