@@ -229,7 +229,7 @@ def test_exception() -> None:
         module(shallow, shallow)
     with pytest.raises(ValueError, match=r"shallow and deep must have the same batch size, got .*deep \[1, 4, 5, 5\]"):
         module(shallow, deep[:1])
-    with pytest.raises(ValueError, match="shallow and deep must be on one device, got shallow on cpu, deep on meta"):
+    with pytest.raises(ValueError, match="deep and the module's weights must be on one device, got deep on meta"):
         module(shallow, deep.to("meta"))
     with pytest.raises(ValueError, match=r"deep must have 4 dimensions .* got shape \[4\]"):
         module(shallow, deep[0, :, 0, 0])

@@ -8,8 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_choice, check_count, check_maps, check_same_batch, check_same_device
-from ._dtypes import working_dtype
+from ._checks import (
+    check_choice,
+    check_count,
+    check_maps,
+    check_pixels,
+    check_real,
+    check_same_batch,
+    check_same_device,
+)
+from ._dtypes import autocasts, working_dtype
 
 Norm = Literal["batch", "instance"]
 
@@ -25,14 +33,15 @@ def global_cue_injection(shallow: Tensor, cues: Tensor, eps: float = 1e-5) -> Te
     Args:
         shallow: shallow features, [B, C, h, w].
         cues: the deep features after the convolution that doubles their channels, [B, 2C, h', w'].
-        eps: keeps the division finite on a constant channel.
+        eps: keeps the division finite on a constant channel; at least 0.
 
     Returns:
         Augmented shallow features, [B, C, h, w], in the dtype of `shallow`.
 
     Raises:
         TypeError: `shallow` or `cues` is no floating-point tensor.
-        ValueError: their batch sizes or devices differ, or `cues` has not twice the channels of `shallow`.
+        ValueError: their batch sizes or devices differ, `cues` has not twice the channels of `shallow`, a dimension is
+            empty, or `eps` is negative.
 
     Source:
         Araslanov and Roth, CVPR 2020, eq. 11.
@@ -43,8 +52,12 @@ def global_cue_injection(shallow: Tensor, cues: Tensor, eps: float = 1e-5) -> Te
         >>> global_cue_injection(shallow, cues).shape
         torch.Size([2, 8, 12, 12])
     """
-    check_maps("shallow", shallow)
-    check_maps("cues", cues)
+    for name, maps in {"shallow": shallow, "cues": cues}.items():
+        check_maps(name, maps)
+        check_pixels(name, maps)
+    check_real("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
     check_same_batch(shallow=shallow, cues=cues)
     check_same_device(shallow=shallow, cues=cues)
     if cues.shape[1] != 2 * shallow.shape[1]:
@@ -54,7 +67,7 @@ def global_cue_injection(shallow: Tensor, cues: Tensor, eps: float = 1e-5) -> Te
     dtype = working_dtype(shallow)
     scale, shift = _pool_cues(cues.to(dtype))
     # One group a channel: instance_norm without its refusal of a single pixel.
-    normalised = torch.group_norm(shallow.to(dtype), shallow.shape[1], eps=eps)
+    normalised = torch.group_norm(shallow.to(dtype), shallow.shape[1], eps=float(eps))
     return torch.relu(scale * normalised + shift).to(shallow.dtype)  # eq. 11
 
 
@@ -138,11 +151,11 @@ class GCI(nn.Module):
             Features [B, out_channels, h, w], in the dtype of the last convolution.
 
         Raises:
-            TypeError: `shallow` or `deep` is no floating-point tensor.
+            TypeError: `shallow` or `deep` is no floating-point tensor, or, without autocast, not of the weights' dtype.
             ValueError: their channels are not those of the module, or their batch sizes or devices differ.
         """
-        self._check_channels("shallow", shallow, self.shallow_channels)
-        self._check_channels("deep", deep, self.in_channels)
+        self._check_features("shallow", shallow, self.shallow_channels)
+        self._check_features("deep", deep, self.in_channels)
         check_same_batch(shallow=shallow, deep=deep)
         check_same_device(shallow=shallow, deep=deep)
         cues = self.deep(deep)
@@ -159,11 +172,15 @@ class GCI(nn.Module):
             f" out_channels={self.out_channels}, norm={self.norm!r}"
         )
 
-    @staticmethod
-    def _check_channels(name: str, features: Tensor, channels: int) -> None:
+    def _check_features(self, name: str, features: Tensor, channels: int) -> None:
         check_maps(name, features)
+        check_pixels(name, features)
         if features.shape[1] != channels:
             raise ValueError(f"{name} must have {channels} channels, got shape {list(features.shape)}")
+        weight = next(self.parameters())
+        check_same_device(**{name: features, "the module's weights": weight})
+        if features.dtype != weight.dtype and not autocasts(features.device):
+            raise TypeError(f"{name} must have the dtype of the module's weights, {weight.dtype}, got {features.dtype}")
 
 
 def _pool_cues(cues: Tensor) -> tuple[Tensor, Tensor]:
