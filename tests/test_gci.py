@@ -75,6 +75,11 @@ def test_released_keys_and_shapes() -> None:
     }
 
 
+def test_no_bias_before_a_normalisation() -> None:
+    keys = GCI(4, 3, norm="instance").state_dict().keys()
+    assert keys == {"deep.weight", "deep.bias", "shallow.weight", "project.weight", "project.bias"}
+
+
 @given(map_shapes(), map_shapes(), dtypes, dtypes, layouts, seeds)
 def test_reference_functional(
     device: torch.device,

@@ -118,6 +118,18 @@ def test_module_equals_functional() -> None:
     assert torch.equal(nGWPPool()(scores, masks), ngwp_pool(scores, masks))
 
 
+def test_smallest_eps() -> None:
+    eps = torch.finfo(torch.float32).tiny
+    assert torch.equal(nGWPPool(eps)(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)), torch.zeros(1, 1))
+
+
+def test_mixed_dtypes_are_summed_in_the_wider_one() -> None:
+    values = 1 + torch.rand(1, 2, 3, 3, dtype=torch.float64) / 1e6
+    for scores, masks in ((values, values.half()), (values.half(), values)):
+        expected = reference.ngwp(exact(scores), exact(masks), 1.0)
+        assert_close(ngwp_pool(scores, masks), expected, dtype=torch.float64, precision=torch.float64)
+
+
 def test_module_has_no_state() -> None:
     assert nGWPPool().state_dict() == {}
 
@@ -146,6 +158,8 @@ def test_exception() -> None:
         (0, ValueError, "eps must be positive, got 0"),
         (-1.0, ValueError, "eps must be positive, got -1.0"),
         (float("nan"), ValueError, "eps must be finite, got nan"),
+        (10**400, ValueError, r"eps must be at most 3.4e\+38, where float32 ends, got 10000"),
+        (1e-46, ValueError, "eps must be at least 1.18e-38, below which it is 0 in float32, got 1e-46"),
         ("1", TypeError, "eps must be a number, got str"),
         (True, TypeError, "eps must be a number, got bool"),
     ],

@@ -339,6 +339,14 @@ def test_exception() -> None:
         pamr(image, mask[:, :, :4], resize="none")
 
 
+def test_every_method_passes_the_backend_on() -> None:
+    module, image, mask = PAMR(dilations=[1, 2], backend="triton"), torch.rand(1, 3, 5, 6), torch.rand(1, 2, 5, 6)
+    affinity = PAMR(dilations=[1, 2]).affinity(image)
+    for call in (lambda: module(image, mask), lambda: module.affinity(image), lambda: module.propagate(mask, affinity)):
+        with pytest.raises(ValueError, match="backend='triton' needs"):
+            call()
+
+
 def test_exception_affinity_and_propagate() -> None:
     module, image, mask = PAMR(dilations=[1, 2]), torch.rand(2, 3, 8, 9), torch.rand(2, 4, 8, 9)
     affinity = module.affinity(image)

@@ -170,6 +170,14 @@ def test_exception() -> None:
         par(imgs, masks[:, :, :4], resize="none")
 
 
+def test_every_method_passes_the_backend_on() -> None:
+    module, imgs, masks = PAR([1, 2], backend="triton"), torch.rand(1, 3, 5, 6), torch.rand(1, 2, 5, 6)
+    affinity = PAR([1, 2]).affinity(imgs)
+    for call in (lambda: module(imgs, masks), lambda: module.affinity(imgs), lambda: module.propagate(masks, affinity)):
+        with pytest.raises(ValueError, match="backend='triton' needs"):
+            call()
+
+
 def test_exception_affinity_and_propagate() -> None:
     module, imgs, masks = PAR(dilations=[1, 2]), torch.rand(2, 3, 8, 9), torch.rand(2, 4, 8, 9)
     with pytest.raises(TypeError, match=r"imgs must be a floating-point tensor, got torch\.uint8"):
