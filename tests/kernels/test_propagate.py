@@ -1,3 +1,5 @@
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -52,16 +54,32 @@ def test_equals_the_definition_for_any_number_of_channels(
 def test_gathers_in_chunks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     mask, affinity = torch.rand(2, 21, 6, 7), pamr_affinity(torch.rand(2, 3, 6, 7), [1, 2])
     at_once = pamr_propagate(mask, affinity, [1, 2], 3)
+    gather, widths = torch.embedding_bag, set()
+
+    def recorded(table: Tensor, *arguments: Any, **options: Any) -> Any:
+        widths.add(table.shape[1])
+        return gather(table, *arguments, **options)
+
+    monkeypatch.setattr(torch, "embedding_bag", recorded)
     monkeypatch.setattr(torch_propagate, "GATHER_TABLE_BYTES", 6 * 7 * 4 * 8)  # 8 channels
     torch.testing.assert_close(pamr_propagate(mask, affinity, [1, 2], 3), at_once)
+    assert widths == {7}  # 21 in three chunks
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5])
 def test_gathers_in_blocks_of_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mask, affinity = torch.rand(2, 5, 6, 7), pamr_affinity(torch.rand(2, 3, 6, 7), [1, 2, 24])
     at_once = pamr_propagate(mask, affinity, [1, 2, 24], 3)
+    index_of, blocks = torch_propagate._neighbour_index, []
+
+    def recorded(rows: int, *arguments: Any) -> Tensor:
+        blocks.append(rows)
+        return index_of(rows, *arguments)
+
+    monkeypatch.setattr(torch_propagate, "_neighbour_index", recorded)
     monkeypatch.setattr(torch_propagate, "GATHER_INDEX_BYTES", 4 * 24 * 7 * rows)
     assert torch.equal(pamr_propagate(mask, affinity, [1, 2, 24], 3), at_once)
+    assert blocks == [rows]
 
 
 @pytest.mark.parametrize("channels", [2, 5])
