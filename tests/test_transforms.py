@@ -169,3 +169,17 @@ def test_gate_of_rate_zero_has_the_common_dtype() -> None:
         gate = StochasticGate(0.0).train(training)
         assert gate(MAPS.half(), MAPS).dtype == torch.float32
         assert torch.equal(gate(MAPS.half(), MAPS), MAPS.half().float())
+
+
+@each_function
+def test_results_and_gradients_repeat_bit_by_bit(name: str) -> None:
+    function, x = seeded(FUNCTIONS[name][0]), FUNCTIONS[name][1]
+    weight = torch.rand_like(function(x))
+
+    def run() -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        result = function(leaf)
+        return result, torch.autograd.grad(result, leaf, weight)[0]
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
