@@ -48,6 +48,15 @@ def test_is_accurate_for_every_range_of_values(
     assert_close(affinity, expected, dtype=torch.float32, precision=torch.float32)
 
 
+@pytest.mark.parametrize("variant", [name for name, form in VARIANTS.items() if form.in_double])
+@pytest.mark.parametrize("contrast", [1e-2, 1e-4])
+def test_steep_forms_lose_nothing_before_they_are_rounded(variant: str, contrast: float) -> None:
+    # In float32 throughout, these images' errors are some 1e-6.
+    image = torch.from_numpy(contrast * np.random.default_rng(0).random((1, 3, 11, 13))).float()
+    expected = torch.from_numpy(reference.pamr_affinity(exact(image), [1, 2, 4], variant))
+    torch.testing.assert_close(pamr_affinity(image, [1, 2, 4], variant).double(), expected, rtol=2e-7, atol=2e-7)
+
+
 @pytest.mark.parametrize("variant", ["pamr", "paper"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_is_uniform_where_the_image_is_flat(variant: str, dtype: torch.dtype) -> None:

@@ -82,6 +82,10 @@ def test_gathers_in_blocks_of_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -
     assert blocks == [rows]
 
 
+def test_the_index_is_as_narrow_as_it_can_be() -> None:
+    assert torch_propagate._neighbour_index(5, 6, 2, [1, 2]).dtype == torch.int32
+
+
 @pytest.mark.parametrize("channels", [2, 5])
 def test_dilations_far_beyond_the_image_cost_nothing(channels: int) -> None:
     image, mask = torch.rand(1, 3, 6, 7), torch.rand(1, channels, 6, 7, requires_grad=True)
