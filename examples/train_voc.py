@@ -38,6 +38,8 @@ from voc.training import (
     TrainingError,
     load_batches,
     mix_seed,
+    quiet_threads,
+    sigterm_interrupts,
     start_accelerator,
 )
 from voc.transforms import TrainTransform
@@ -60,14 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # the errors of data, weights and checkpoints are ValueErrors
         print(f"train_voc.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped before training", file=sys.stderr)
+        return 130
     try:
-        run(settings, train_set, val_set, accelerator)
+        with quiet_threads(), sigterm_interrupts():
+            run(settings, train_set, val_set, accelerator)
     except (Interrupted, KeyboardInterrupt) as stop:
         how = f"go on with: python examples/train_voc.py --resume {settings.output}"
         print(f"\n{str(stop) or 'stopped'}; {how}", file=sys.stderr)
         return 130
     except (TrainingError, DataError, CheckpointError, OSError) as error:
-        print(f"\ntrain_voc.py: error: {error}", file=sys.stderr)
+        where = f"{settings.output}: " if isinstance(error, OSError) and error.errno and not error.filename else ""
+        print(f"\ntrain_voc.py: error: {where}{error}", file=sys.stderr)
         return 1
     finally:
         accelerator.end_training()

@@ -89,7 +89,7 @@ def test_wrong_shapes(place: str, what: str) -> None:
         result = TENSORS[place](WRONG_SHAPES[what])
         assert (len(result), result.device) == (len(WRONG_SHAPES[what]), WRONG_SHAPES[what].device)
         return
-    with pytest.raises(ValueError, match="must .*, got .+") as error:
+    with pytest.raises(ValueError, match=r"must .*, got .+") as error:
         TENSORS[place](WRONG_SHAPES[what])
     assert argument.removesuffix("s") in str(error.value)  # PAR.propagate's operator knows one name for both layers
 

@@ -64,9 +64,12 @@ def save_checkpoint(
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write checkpoint {path}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if isinstance(error, RuntimeError):  # what torch.save makes of a disk that fills up while it writes
+            reason = f"is the disk full? ({reason})"
+        raise OSError(f"cannot write checkpoint {path}: {reason}") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

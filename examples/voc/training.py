@@ -2,7 +2,9 @@
 
 import random
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -162,6 +164,26 @@ def load_batches(dataset: AugmentedDataset, batches: GlobalBatches, workers: int
 def ignore_interrupts(_worker: int) -> None:
     """Let a worker live on after Ctrl-C, until the main process has saved its state."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Keep threads from printing their tracebacks: TensorBoard's raises its error in the main thread once more."""
+    previous, threading.excepthook = threading.excepthook, lambda _: None
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM, which cluster schedulers send, end what runs as Ctrl-C does: with a word on how to go on."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class StopRequest:

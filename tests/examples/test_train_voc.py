@@ -1,5 +1,6 @@
 """The whole job in small, and what its command line does when something is not there."""
 
+import errno
 import json
 import os
 import shutil
@@ -131,6 +132,45 @@ def test_a_killed_run_goes_on(finished: Path, toy_root: Path, tmp_path: Path) ->
     process.communicate()
     assert main(["--resume", str(tmp_path)]) == 0
     assert_same_run(finished, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_of_an_epoch_ends_in_one_line(
+    number: signal.Signals,
+    toy_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        signal.raise_signal(number)
+
+    arguments = [*QUICK, "--data", str(toy_root), "--output", str(tmp_path), "--no-baseline"]
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_voc, "evaluate", interrupted)
+        assert main(arguments) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("stopped; go on with: python examples/train_voc")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_voc, "build_model", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert main(arguments) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped before training"
+    assert signal.getsignal(number) is before
+
+
+def test_a_full_disk_is_said_in_one_line(
+    toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    assert main([*QUICK, "--data", str(toy_root), "--output", str(tmp_path), "--no-baseline"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.strip().splitlines()[-1] == (
+        f"train_voc.py: error: {tmp_path}: [Errno {errno.ENOSPC}] No space left on device"
+    )
 
 
 def test_two_processes_have_the_losses_of_one(finished: Path, toy_root: Path, tmp_path: Path) -> None:
