@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .archives import load_tensors
 from .backbones import Backbone, build_backbone, pretrained_backbone
 from .model import CAMNet, SingleStageNet
 from .settings import Settings
@@ -77,9 +78,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint not found: {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises what zip, pickle and its own reader raise: no common type
-        raise CheckpointError(f"cannot read checkpoint {path}: {str(error).splitlines()[0]}") from error
+        checkpoint = load_tensors(path)
+    except ValueError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error}") from error
     missing = {"model", "settings", "classes", "progress"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise CheckpointError(f"{path} is no checkpoint of train_voc.py: it has no {', '.join(sorted(missing))}")

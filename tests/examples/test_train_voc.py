@@ -362,11 +362,19 @@ def test_a_failed_write_leaves_the_older_checkpoint(
     assert [file.name for file in path.parent.iterdir()] == ["single_stage.pt"]
 
 
+def flip_a_bit(content: bytes) -> bytes:
+    """Damage a byte in the middle, which is one of a weight."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "checkpoint not found"),
         (lambda path: path.write_bytes(path.read_bytes()[:-500]), "cannot read checkpoint"),
+        (lambda path: path.write_bytes(flip_a_bit(path.read_bytes())), "it is damaged: the checksum of "),
+        (lambda path: path.write_bytes(b""), "cannot read checkpoint"),
         (lambda path: torch.save({"model": {}}, path), "is no checkpoint of train_voc.py: it has no classes, progress"),
         (lambda path: torch.save([1, 2], path), "is no checkpoint of train_voc.py"),
         (lambda path: torch.save(Path("x"), path), "cannot read checkpoint"),  # a pickled object is not loaded

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
+
+from ..archives import load_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -51,9 +52,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"weights not found: {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises what zip, pickle and its own reader raise: no common type
-        raise WeightsError(f"cannot read weights {path}: {str(error).splitlines()[0]}") from error
+        content = load_tensors(path)
+    except ValueError as error:
+        raise WeightsError(f"cannot read weights {path}: {error}") from error
     return unwrap_state_dict(content, str(path))
 
 
