@@ -183,3 +183,17 @@ def test_results_and_gradients_repeat_bit_by_bit(name: str) -> None:
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_exception_layout() -> None:
+    wrong = [
+        (MAPS.to_sparse(), r"layout torch\.sparse_coo"),
+        (torch.nested.nested_tensor(list(MAPS)), "a nested tensor"),
+        (torch.nested.nested_tensor(list(MAPS), layout=torch.jagged), "a nested tensor"),
+    ]
+    for maps, what in wrong:
+        with pytest.raises(TypeError, match=rf"^mask must be a dense tensor, got {what}$"):
+            PAMR()(IMAGE, maps)
+        with pytest.raises(TypeError, match=rf"^scores must be a dense tensor, got {what}$"):
+            nGWPPool()(maps, MAPS)

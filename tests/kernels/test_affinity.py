@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tests import reference
 from tests.strategies import assert_close, dtypes, exact, layouts, map_shapes, seeds, uniform
-from wsseg_layers.kernels import VARIANTS, pamr_affinity
+from wsseg_layers.kernels import VARIANTS, pamr_affinity, torch_affinity
 from wsseg_layers.kernels.variants import Variant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,6 +91,15 @@ def test_nan_spreads_to_its_neighbourhood_only(variant: str) -> None:
             reached[0, i, j] = (4, 4) in around
     assert torch.equal(pamr_affinity(image, [1, 3], variant).isnan().all(dim=1), reached)
     assert torch.equal(pamr_affinity(image, [1, 3], variant).isnan().any(dim=1), reached)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("pixels", [3, 14, 28])
+def test_softmax_in_blocks_of_rows(variant: str, pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = torch.rand(2, 3, 6, 7)
+    at_once = pamr_affinity(image, [1, 2], variant)
+    monkeypatch.setattr(torch_affinity, "SOFTMAX_PIXELS", pixels)
+    torch.testing.assert_close(pamr_affinity(image, [1, 2], variant), at_once)
 
 
 def test_images_of_a_batch_do_not_mix() -> None:

@@ -1,6 +1,7 @@
 import doctest
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +95,7 @@ def test_affinity_says_what_is_wrong(error: type[Exception], message: str, argum
         (ValueError, "mask and affinity must be on one device, .* on meta", {"affinity": AFFINITY.to("meta")}),
         (ValueError, "affinity must not require a gradient", {"affinity": AFFINITY.clone().requires_grad_()}),
         (ValueError, "num_iter must be at least 0, got -1", {"num_iter": -1}),
+        (ValueError, "num_iter must be at most 2147483647, got 2147483648", {"num_iter": 2**31}),
         (TypeError, "num_iter must be an integer, got 2.0", {"num_iter": 2.0}),
         (TypeError, "num_iter must be an integer, got True", {"num_iter": True}),
         (ValueError, "backend must be one of 'auto', 'triton', 'torch', got None", {"backend": None}),
@@ -102,6 +104,19 @@ def test_affinity_says_what_is_wrong(error: type[Exception], message: str, argum
 def test_propagate_says_what_is_wrong(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         pamr_propagate(**{"mask": MASK, "affinity": AFFINITY, "dilations": [1, 2], "num_iter": 1, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("device", "installed", "chosen"), [("cpu", True, "torch"), ("cuda", True, "triton"), ("cuda", False, "torch")]
+)
+def test_auto_is_triton_where_it_runs(
+    device: str, installed: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_TRITON_INSTALLED", installed)
+    image: Any = SimpleNamespace(device=torch.device(device))  # as much of a tensor as the choice looks at
+    assert kernels._available_backend("auto", image=image) == chosen
+    if chosen == "triton":
+        assert kernels._available_backend("triton", image=image) == "triton"
 
 
 def test_says_why_triton_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
