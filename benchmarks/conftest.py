@@ -36,6 +36,6 @@ def bench(request: pytest.FixtureRequest) -> Bench:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     bench = config.stash[BENCH]
-    if bench.rows:
+    if bench.rows or bench.notes:
         folder = write_report(bench)
         terminalreporter.write_line(f"benchmark tables and plots: {folder}")

@@ -17,6 +17,7 @@ from torch import Tensor
 Mode = Literal["smoke", "quick", "full"]
 Function = Callable[[], Any]
 SECONDS = {"smoke": 0.0, "quick": 0.4, "full": 3.0}  # for each competitor, its first call aside
+FEWEST_CALLS = {"smoke": 0, "quick": 1, "full": 3}
 MOST_CALLS = 50
 
 
@@ -39,10 +40,11 @@ class Row:
 
 @dataclass
 class Bench:
-    """Compares competitors; what it measured is in `rows`."""
+    """Compares competitors; what it measured is in `rows`, and in `notes` what fits no row."""
 
     mode: Mode
     rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     say: Callable[[str], object] = print
 
     @property
@@ -87,7 +89,8 @@ class Bench:
                     timed()
                 else:  # memory is that of the first timed call: there are formulations that take 10 s
                     memory[name] = self.memory(timed)
-                if sum(seconds[name]) > SECONDS[self.mode] or len(seconds[name]) >= MOST_CALLS:
+                calls, enough = len(seconds[name]), sum(seconds[name]) > SECONDS[self.mode]
+                if (enough and calls >= FEWEST_CALLS[self.mode]) or calls >= MOST_CALLS:
                     del waiting[name]
         for name in competitors:
             row = Row(title, size, name, tuple(seconds[name]), memory[name], values)

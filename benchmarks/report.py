@@ -50,6 +50,8 @@ def markdown(bench: Bench, bandwidth: float) -> str:
         for size in dict.fromkeys(row.size for row in rows):
             same_size = [row for row in rows if row.size == size]
             lines += [table_line(row, same_size[0]) for row in same_size]
+    if bench.notes:
+        lines += ["", "## Memory", "", *bench.notes]
     return "\n".join(lines) + "\n"
 
 

@@ -148,6 +148,13 @@ def test_pictures_and_links(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_the_table_of_the_readme_is_that_of_the_results() -> None:
+    results = (ROOT / "benchmarks/results/cpu.md").read_text().splitlines()
+    rows = re.findall(r"^\| \d+x.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 4
+    assert set(rows) <= set(results)
+
+
 def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     figures = importlib.import_module("figures")
