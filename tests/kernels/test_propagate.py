@@ -150,6 +150,20 @@ def test_keeps_the_dtype_under_autocast(device: torch.device) -> None:
     assert torch.equal(refined, pamr_propagate(mask, affinity, [1], 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channels", [2, 21])
+def test_halves_are_rounded_once_at_the_end(channels: int, dtype: torch.dtype) -> None:
+    affinity = pamr_affinity(torch.rand(1, 3, 6, 7), [1, 2, 4])
+    mask = torch.rand(1, channels, 6, 7).to(dtype).requires_grad_()
+    wide = mask.detach().float().requires_grad_()
+    refined, wide_refined = (pamr_propagate(x, affinity, [1, 2, 4], 10) for x in (mask, wide))
+    assert torch.equal(refined, wide_refined.to(dtype))
+    weight = torch.rand_like(refined)
+    (grad,) = torch.autograd.grad(refined, mask, weight)
+    (wide_grad,) = torch.autograd.grad(wide_refined, wide, weight.float())
+    assert torch.equal(grad, wide_grad.to(dtype))
+
+
 @pytest.mark.parametrize("channels", [2, 21])
 def test_takes_an_empty_batch(channels: int) -> None:
     refined = pamr_propagate(torch.rand(0, channels, 4, 5), torch.rand(0, 16, 4, 5), [1, 2], 3)
