@@ -121,12 +121,12 @@ PARAMETERS: dict[str, tuple[Callable[[Any], Tensor], Callable[[Any], bool]]] = {
 
 
 def is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value < 2**31
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value < 2**31)
 
 
 def is_real(value: Any) -> bool:
     numbers = isinstance(value, (int, float, np.integer, np.floating, Fraction)) and not isinstance(value, bool)
-    return numbers and abs(value) < 3.4e38
+    return numbers and bool(abs(value) < 3.4e38)
 
 
 def is_dilations(value: Any) -> bool:
