@@ -123,6 +123,16 @@ def test_a_new_form_is_an_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @runs_kernels
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_affinity_of_little_contrast(variant: str) -> None:
+    # Eq. 8 divides by a square: even the nearest neighbour's exponent is far below what exp can hold.
+    image = 1e-4 * uniform((1, 1, 5, 6), torch.float32, "contiguous", seed=0)
+    expected = reference.pamr_affinity(exact(image), [1], variant)
+    actual = pamr_affinity(image.to(DEVICE), [1], variant, backend="triton")
+    assert_close(actual, expected, dtype=torch.float32, precision=torch.float32)
+
+
+@runs_kernels
 @pytest.mark.parametrize("variant", ["pamr", "paper"])
 def test_is_uniform_where_the_image_is_flat(variant: str) -> None:
     affinity = pamr_affinity(torch.full((1, 3, 4, 5), 1000.0, device=DEVICE), [1, 2], variant, backend="triton")
