@@ -225,6 +225,20 @@ def test_copies_and_state_dict(norm: Norm) -> None:
         assert torch.equal(copied(shallow, deep), module(shallow, deep))
 
 
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_replica_without_parameters(norm: Norm) -> None:
+    # nn.DataParallel makes such copies: their weights are plain tensors.
+    module = GCI(4, norm=norm).eval()
+    replica = copy.deepcopy(module)
+    for part in replica.modules():
+        for name in [name for name, weight in part._parameters.items() if weight is not None]:
+            weight = part._parameters.pop(name)
+            assert weight is not None
+            part.__dict__[name] = weight.detach()
+    features = torch.rand(2, 4, 5, 6)
+    assert torch.equal(replica(features, features), module(features, features))
+
+
 def test_exception() -> None:
     module = GCI(4, 3)
     shallow, deep = torch.randn(2, 3, 6, 7), torch.randn(2, 4, 5, 5)

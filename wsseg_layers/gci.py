@@ -157,7 +157,6 @@ class GCI(nn.Module):
         self._check_features("shallow", shallow, self.shallow_channels)
         self._check_features("deep", deep, self.in_channels)
         check_same_batch(shallow=shallow, deep=deep)
-        check_same_device(shallow=shallow, deep=deep)
         cues = self.deep(deep)
         features = self.shallow(shallow)
         if self.norm == "instance":
@@ -177,7 +176,9 @@ class GCI(nn.Module):
         check_pixels(name, features)
         if features.shape[1] != channels:
             raise ValueError(f"{name} must have {channels} channels, got shape {list(features.shape)}")
-        weight = next(self.parameters())
+        weight = next(self.parameters(), None)
+        if weight is None:  # a replica of nn.DataParallel
+            return
         check_same_device(**{name: features, "the module's weights": weight})
         if features.dtype != weight.dtype and not autocasts(features.device):
             raise TypeError(f"{name} must have the dtype of the module's weights, {weight.dtype}, got {features.dtype}")
