@@ -1,7 +1,7 @@
 """The dilated affinity and its propagation: the two operators that PAMR and PAR are made of.
 
 Both are registered with PyTorch (`torch.ops.wsseg_layers`), so that `torch.compile` takes them without a graph break:
-Triton kernels on NVIDIA and AMD GPUs, plain PyTorch on every device.
+Triton kernels on NVIDIA and AMD GPUs, C++ on CPUs, plain PyTorch on every device.
 """
 
 import os
@@ -23,12 +23,12 @@ from wsseg_layers._checks import (
     check_same_device,
 )
 
-from . import torch_affinity, torch_propagate
+from . import cpp_library, cpp_refine, torch_affinity, torch_propagate
 from .variants import VARIANTS
 
 __all__ = ["BACKENDS", "VARIANTS", "pamr_affinity", "pamr_propagate"]
 
-BACKENDS = ("auto", "triton", "torch")
+BACKENDS = ("auto", "triton", "cpp", "torch")
 
 _TRITON_INSTALLED = find_spec("triton") is not None
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -54,11 +54,11 @@ def pamr_affinity(image: Tensor, dilations: Sequence[int], variant: str = "pamr"
         image: image, [B, K, H, W], any floating-point dtype and strides. The batch may be empty.
         dilations: positive integers. A dilation may be larger than the image.
         variant: "pamr", "paper", "par", or another form of `kernels/variants.py`.
-        backend: "triton" (CUDA and ROCm), "torch" (everywhere), or "auto": Triton where it runs.
+        backend: "triton" (CUDA and ROCm), "cpp" (CPUs), "torch" (everywhere), or "auto": the first of them that runs.
 
     Returns:
         Affinity, [B, N, H, W], N = 8 x number of dilations, float32 also under autocast. It sums to 1 over N, or to
-        1.01 for "par". On the CPU it is laid out channels-last, as `pamr_propagate` reads it.
+        1.01 for "par". Its strides are those that `pamr_propagate` reads fastest.
 
     Raises:
         TypeError: `image` is no floating-point tensor, or `dilations` holds something else than integers.
@@ -77,7 +77,8 @@ def pamr_affinity(image: Tensor, dilations: Sequence[int], variant: str = "pamr"
     check_pixels("image", image)
     dilations = check_dilations(dilations)
     check_choice("variant", variant, tuple(VARIANTS))
-    return _affinity(image.detach(), dilations, variant, _available_backend(backend, image=image))
+    _check_backend(backend, image=image)
+    return _affinity(image.detach(), dilations, variant, backend)
 
 
 def pamr_propagate(
@@ -95,7 +96,7 @@ def pamr_propagate(
         affinity: weights, [B, N, H, W], as `pamr_affinity` returns them for the same dilations.
         dilations: positive integers.
         num_iter: number of iterations; 0 copies the masks.
-        backend: "triton" (CUDA and ROCm), "torch" (everywhere), or "auto": Triton where it runs.
+        backend: "triton" (CUDA and ROCm), "cpp" (CPUs), "torch" (everywhere), or "auto": the first of them that runs.
 
     Returns:
         Masks, [B, C, H, W], contiguous and in the dtype of `mask`.
@@ -133,7 +134,7 @@ def pamr_propagate(
         )
     if affinity.requires_grad and torch.is_grad_enabled():
         raise ValueError("affinity must not require a gradient, for none flows to it: pass affinity.detach()")
-    backend = _available_backend(backend, mask=mask)
+    _check_backend(backend, mask=mask)
     mask, tangent = forward_ad.unpack_dual(mask)
     refined = _propagate(mask, affinity, dilations, num_iter, backend)
     if tangent is None:
@@ -142,17 +143,26 @@ def pamr_propagate(
     return forward_ad.make_dual(refined, pamr_propagate(tangent, affinity, dilations, num_iter, backend))
 
 
-def _available_backend(backend: str, **argument: Tensor) -> str:
-    """Return "triton" or "torch", or say why what was asked for cannot be had."""
+def _check_backend(backend: str, **argument: Tensor) -> None:
     check_choice("backend", backend, BACKENDS)
     ((name, tensor),) = argument.items()
-    on_gpu = tensor.device.type == "cuda"  # which is ROCm's name too
-    if backend == "auto":
-        return "triton" if on_gpu and _TRITON_INSTALLED else "torch"
+    device = tensor.device.type
     if backend == "triton" and not _TRITON_INSTALLED:
         raise ValueError("backend='triton' needs the package triton, which is not installed")
-    if backend == "triton" and not (on_gpu or _TRITON_INTERPRETED):
+    if backend == "triton" and not (device == "cuda" or _TRITON_INTERPRETED):  # which is ROCm's name too
         raise ValueError(f"backend='triton' needs tensors on a CUDA or ROCm device, got {name} on {tensor.device}")
+    if backend == "cpp" and device != "cpu":
+        raise ValueError(f"backend='cpp' needs tensors on the CPU, got {name} on {tensor.device}")
+
+
+def _implementation(backend: str, device: torch.device) -> str:
+    """Return what "auto" is on a device. Operators ask for themselves: a trace cannot wait for a C++ compiler."""
+    if backend == "auto":
+        if device.type == "cuda" and _TRITON_INSTALLED:
+            return "triton"
+        return "cpp" if device.type == "cpu" and cpp_library.load() else "torch"
+    if backend == "cpp" and not cpp_library.load():
+        raise ValueError("backend='cpp' needs Linux and a C++ compiler: c++, or what the variable CXX names")
     return backend
 
 
@@ -161,10 +171,13 @@ def _affinity(image: Tensor, dilations: Sequence[int], variant: str, backend: st
     affinity = _empty_affinity(image, dilations, variant, backend)
     if affinity.numel() == 0:
         return affinity
-    if backend == "triton":
+    implementation = _implementation(backend, image.device)
+    if implementation == "triton":
         from . import triton_affinity
 
         triton_affinity.affinity(image, dilations, variant, out=affinity)
+    elif implementation == "cpp":
+        cpp_refine.affinity(image, dilations, variant, out=affinity)
     else:
         torch_affinity.affinity(image, dilations, variant, out=affinity)
     return affinity
@@ -173,8 +186,11 @@ def _affinity(image: Tensor, dilations: Sequence[int], variant: str, backend: st
 @_affinity.register_fake
 def _empty_affinity(image: Tensor, dilations: Sequence[int], variant: str, backend: str) -> Tensor:  # noqa: ARG001
     batch, _, height, width = image.shape
+    implementation = _implementation(backend, image.device)
+    if implementation == "cpp":
+        return cpp_refine.empty_affinity(batch, 8 * len(dilations), height, width)
     # PyTorch's propagation reads a pixel's N weights together, Triton's those of neighbouring pixels.
-    together = backend == "torch" and image.device.type == "cpu"
+    together = implementation == "torch" and image.device.type == "cpu"
     return torch.empty(
         (batch, 8 * len(dilations), height, width),
         dtype=torch.float32,
@@ -187,10 +203,13 @@ def _empty_affinity(image: Tensor, dilations: Sequence[int], variant: str, backe
 def _propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, backend: str) -> Tensor:
     if num_iter == 0 or mask.numel() == 0:
         return mask.clone(memory_format=torch.contiguous_format)
-    if backend == "triton":
+    implementation = _implementation(backend, mask.device)
+    if implementation == "triton":
         from . import triton_propagate
 
         return triton_propagate.propagate(mask, affinity, dilations, num_iter)
+    if implementation == "cpp":
+        return cpp_refine.propagate(mask, affinity, dilations, num_iter)
     return torch_propagate.propagate(mask, affinity, dilations, num_iter)
 
 
@@ -200,7 +219,7 @@ def _propagate_transposed(
 ) -> Tensor:
     if num_iter == 0 or grad.numel() == 0:
         return grad.clone(memory_format=torch.contiguous_format)
-    if backend == "triton":
+    if _implementation(backend, grad.device) == "triton":
         from . import triton_propagate
 
         return triton_propagate.propagate_transposed(grad, affinity, dilations, num_iter)

@@ -6,6 +6,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wsseg_layers.kernels import cpp_library
+
 # One table for all tests, relative and absolute: a few roundings of the dtype in which the result is returned.
 TOLERANCES = {
     torch.float64: 1e-10,
@@ -16,6 +18,10 @@ TOLERANCES = {
 DTYPES = tuple(TOLERANCES)
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
 
+# Where no C++ compiler is, its tests say so in kernels/test_cpp.py.
+CPU_BACKENDS = ("cpp", "torch") if cpp_library.load() else ("torch",)
+
+backends = st.sampled_from(CPU_BACKENDS)
 dtypes = st.sampled_from(DTYPES)
 layouts = st.sampled_from(LAYOUTS)
 seeds = st.integers(0, 2**32 - 1)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+from tests.strategies import CPU_BACKENDS
 from wsseg_layers import GCI, PAMR, PAR, FocalSizePenalty, StochasticGate, nGWPPool
 from wsseg_layers.functional import global_cue_injection
 from wsseg_layers.kernels import pamr_affinity, pamr_propagate
@@ -106,7 +107,7 @@ PARAMETERS: dict[str, tuple[Callable[[Any], Tensor], Callable[[Any], bool]]] = {
     "variant": (lambda v: pamr_affinity(IMAGE, [1], v), lambda v: v in ("pamr", "paper", "par")),
     "resize PAMR": (lambda v: PAMR(1, resize=v)(IMAGE, MAPS), lambda v: v in ("mask", "image", "none")),
     "resize PAR": (lambda v: PAR(num_iter=1, resize=v)(IMAGE, MAPS), lambda v: v in ("mask", "image", "none")),
-    "backend": (lambda v: PAMR(1, backend=v)(IMAGE, MAPS), lambda v: v in ("auto", "torch")),
+    "backend": (lambda v: PAMR(1, backend=v)(IMAGE, MAPS), lambda v: v in ("auto", *CPU_BACKENDS)),
     "renormalise": (lambda v: PAR(num_iter=1, renormalise=v)(IMAGE, MAPS), lambda v: isinstance(v, bool)),
     "eps nGWPPool": (lambda v: nGWPPool(eps=v)(MAPS, MAPS), lambda v: is_real(v) and v > 1.2e-38),
     "eps GCI": (lambda v: global_cue_injection(MAPS, CUES, eps=v), lambda v: is_real(v) and v >= 0),

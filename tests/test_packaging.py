@@ -48,7 +48,7 @@ def test_holds_the_library_and_its_kernels_and_nothing_else(wheel: Path) -> None
     kernels = {f"wsseg_layers/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert library
     assert kernels
-    assert shipped == library | kernels | {"wsseg_layers/py.typed"}
+    assert shipped == library | kernels | {"wsseg_layers/py.typed", "wsseg_layers/kernels/refine.cpp"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -373,7 +373,7 @@ def test_exception_affinity_and_propagate() -> None:
         ({"dilations": "12"}, TypeError, "dilations must be a sequence of integers, got '12'"),
         ({"affinity": "pamr"}, ValueError, "affinity must be one of 'released', 'paper', 'par', got 'pamr'"),
         ({"resize": None}, ValueError, "resize must be one of 'mask', 'image', 'none', got None"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'cpp', 'torch', got 'cuda'"),
     ],
 )
 def test_exception_parameters(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -195,7 +195,7 @@ def test_exception_affinity_and_propagate() -> None:
         ({"dilations": []}, ValueError, "dilations must hold at least one dilation"),
         ({"dilations": [-2]}, ValueError, r"dilations\[0\] must be at least 1, got -2"),
         ({"resize": "both"}, ValueError, "resize must be one of 'mask', 'image', 'none', got 'both'"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'triton', 'cpp', 'torch', got 'cuda'"),
     ],
 )
 def test_exception_parameters(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -18,7 +18,7 @@ from ._checks import (
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 Resize = Literal["mask", "image", "none"]
-Backend = Literal["auto", "triton", "torch"]
+Backend = Literal["auto", "triton", "cpp", "torch"]
 
 
 def check_settings(num_iter: int, dilations: Sequence[int], resize: str, backend: str) -> tuple[int, ...]:

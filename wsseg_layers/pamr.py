@@ -48,7 +48,7 @@ def pamr(
         affinity: "released" or "paper"; also "par", whose weights are those of `par`.
         resize: what is resized (bilinearly, corners aligned) if the sizes differ: "mask" to the image's size, "image"
             to the masks' size, or "none" to make it an error.
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton", "cpp" or "torch"; see `wsseg_layers.kernels.pamr_propagate`.
 
     Returns:
         Refined masks, [B, C, H, W], or [B, C, h, w] with `resize="image"`, in the dtype of `mask`.
@@ -84,7 +84,7 @@ class PAMR(StatelessRefinement):
         dilations: dilations of the 3x3 neighbourhoods.
         affinity: "released" for the form of the authors' published code, "paper" for eq. 8 as printed; also "par".
         resize: what is resized if the sizes differ: "mask" (to the image's size), "image" or "none".
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton", "cpp" or "torch"; see `wsseg_layers.kernels.pamr_propagate`.
 
     Example:
         >>> import torch

@@ -46,7 +46,7 @@ def par(
         renormalise: divide the weights by 1 + w2, so that the masks keep their range.
         resize: what is resized (bilinearly, corners aligned) if the sizes differ: "mask" to the images' size, "image"
             to the masks' size, or "none" to make it an error.
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton", "cpp" or "torch"; see `wsseg_layers.kernels.pamr_propagate`.
 
     Returns:
         Refined masks, [B, C, H, W], or [B, C, h, w] with `resize="image"`, in the dtype of `masks`.
@@ -82,7 +82,7 @@ class PAR(StatelessRefinement):
         num_iter: number of iterations.
         renormalise: make the weights sum to 1; in the published form they sum to 1.01.
         resize: what is resized if the sizes differ: "mask" (to the images' size), "image" or "none".
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton", "cpp" or "torch"; see `wsseg_layers.kernels.pamr_propagate`.
 
     Example:
         >>> import torch

@@ -8,7 +8,7 @@ from hypothesis import given
 from numpy.typing import NDArray
 
 from tests import reference
-from tests.strategies import assert_close, dtypes, exact, layouts, map_shapes, seeds, uniform
+from tests.strategies import CPU_BACKENDS, assert_close, backends, dtypes, exact, layouts, map_shapes, seeds, uniform
 from wsseg_layers.kernels import VARIANTS, pamr_affinity, torch_affinity
 from wsseg_layers.kernels.variants import Variant
 
@@ -18,13 +18,20 @@ dilation_lists = st.lists(st.sampled_from([1, 2, 3, 5, 24]), min_size=1, max_siz
 variants = st.sampled_from(list(VARIANTS))
 
 
-@given(map_shapes(max_channels=3), dilation_lists, variants, dtypes, layouts, seeds)
+@given(map_shapes(max_channels=3), dilation_lists, variants, backends, dtypes, layouts, seeds)
 def test_equals_the_definition(
-    shape: tuple[int, ...], dilations: list[int], variant: str, dtype: torch.dtype, layout: str, seed: int
+    shape: tuple[int, ...],
+    dilations: list[int],
+    variant: str,
+    backend: str,
+    dtype: torch.dtype,
+    layout: str,
+    seed: int,
 ) -> None:
     image = uniform(shape, dtype, layout, seed)
     expected = reference.pamr_affinity(exact(image), dilations, variant)
-    assert_close(pamr_affinity(image, dilations, variant), expected, dtype=torch.float32, precision=torch.float32)
+    actual = pamr_affinity(image, dilations, variant, backend)
+    assert_close(actual, expected, dtype=torch.float32, precision=torch.float32)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -39,49 +46,54 @@ def test_equals_the_definition(
         pytest.param(lambda noise: np.where(noise > 0.5, 1.0, 0.0), id="two values"),
     ],
 )
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_is_accurate_for_every_range_of_values(
-    variant: str, make: Callable[[NDArray[np.float64]], NDArray[np.float64]], device: torch.device
+    backend: str, variant: str, make: Callable[[NDArray[np.float64]], NDArray[np.float64]], device: torch.device
 ) -> None:
     image = torch.from_numpy(make(np.random.default_rng(0).random((1, 3, 11, 13)))).float()
     expected = reference.pamr_affinity(exact(image), [1, 2, 4], variant)
-    affinity = pamr_affinity(image.to(device), [1, 2, 4], variant)
+    affinity = pamr_affinity(image.to(device), [1, 2, 4], variant, backend)
     assert_close(affinity, expected, dtype=torch.float32, precision=torch.float32)
 
 
 @pytest.mark.parametrize("variant", [name for name, form in VARIANTS.items() if form.in_double])
 @pytest.mark.parametrize("contrast", [1e-2, 1e-4])
-def test_steep_forms_lose_nothing_before_they_are_rounded(variant: str, contrast: float) -> None:
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_steep_forms_lose_nothing_before_they_are_rounded(backend: str, variant: str, contrast: float) -> None:
     # In float32 throughout, these images' errors are some 1e-6.
     image = torch.from_numpy(contrast * np.random.default_rng(0).random((1, 3, 11, 13))).float()
     expected = torch.from_numpy(reference.pamr_affinity(exact(image), [1, 2, 4], variant))
-    torch.testing.assert_close(pamr_affinity(image, [1, 2, 4], variant).double(), expected, rtol=2e-7, atol=2e-7)
+    actual = pamr_affinity(image, [1, 2, 4], variant, backend).double()
+    torch.testing.assert_close(actual, expected, rtol=2e-7, atol=2e-7)
 
 
 @pytest.mark.parametrize("variant", ["pamr", "paper"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_is_uniform_where_the_image_is_flat(variant: str, dtype: torch.dtype) -> None:
-    affinity = pamr_affinity(torch.full((2, 3, 5, 6), 123.4, dtype=dtype), [1, 2], variant)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_is_uniform_where_the_image_is_flat(backend: str, variant: str, dtype: torch.dtype) -> None:
+    affinity = pamr_affinity(torch.full((2, 3, 5, 6), 123.4, dtype=dtype), [1, 2], variant, backend)
     torch.testing.assert_close(affinity, torch.full((2, 16, 5, 6), 1 / 16), rtol=0, atol=1e-7)
 
 
-@given(map_shapes(), dilation_lists, variants, seeds)
-def test_sums_to_one(shape: tuple[int, ...], dilations: list[int], variant: str, seed: int) -> None:
-    total = pamr_affinity(uniform(shape, torch.float32, "contiguous", seed), dilations, variant).sum(dim=1)
+@given(map_shapes(), dilation_lists, variants, backends, seeds)
+def test_sums_to_one(shape: tuple[int, ...], dilations: list[int], variant: str, backend: str, seed: int) -> None:
+    total = pamr_affinity(uniform(shape, torch.float32, "contiguous", seed), dilations, variant, backend).sum(dim=1)
     torch.testing.assert_close(total, torch.full_like(total, 1.01 if variant == "par" else 1))
 
 
-@given(map_shapes(), dilation_lists, st.sampled_from(["pamr", "par"]), seeds)
+@given(map_shapes(), dilation_lists, st.sampled_from(["pamr", "par"]), backends, seeds)
 def test_does_not_change_when_the_image_is_scaled_and_shifted(
-    shape: tuple[int, ...], dilations: list[int], variant: str, seed: int
+    shape: tuple[int, ...], dilations: list[int], variant: str, backend: str, seed: int
 ) -> None:
     image = uniform(shape, torch.float64, "contiguous", seed).mul(256).floor()  # exact after scaling and shifting
     gain = 2.0 ** torch.arange(shape[1])[:, None, None]
-    moved = pamr_affinity(image * gain - 64, dilations, variant)
-    torch.testing.assert_close(moved, pamr_affinity(image, dilations, variant), rtol=1e-5, atol=1e-5)
+    moved, still = (pamr_affinity(x, dilations, variant, backend) for x in (image * gain - 64, image))
+    torch.testing.assert_close(moved, still, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_nan_spreads_to_its_neighbourhood_only(variant: str) -> None:
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_nan_spreads_to_its_neighbourhood_only(backend: str, variant: str) -> None:
     image = torch.rand(2, 3, 9, 9)
     image[0, 1, 4, 4] = torch.nan
     reached = torch.zeros(2, 9, 9, dtype=torch.bool)
@@ -89,23 +101,25 @@ def test_nan_spreads_to_its_neighbourhood_only(variant: str) -> None:
         for j in range(9):
             around = [(i, j), *reference.neighbours(i, j, 9, 9, [1, 3])]
             reached[0, i, j] = (4, 4) in around
-    assert torch.equal(pamr_affinity(image, [1, 3], variant).isnan().all(dim=1), reached)
-    assert torch.equal(pamr_affinity(image, [1, 3], variant).isnan().any(dim=1), reached)
+    nan = pamr_affinity(image, [1, 3], variant, backend).isnan()
+    assert torch.equal(nan.all(dim=1), reached)
+    assert torch.equal(nan.any(dim=1), reached)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("pixels", [3, 14, 28])
 def test_softmax_in_blocks_of_rows(variant: str, pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     image = torch.rand(2, 3, 6, 7)
-    at_once = pamr_affinity(image, [1, 2], variant)
+    at_once = pamr_affinity(image, [1, 2], variant, "torch")
     monkeypatch.setattr(torch_affinity, "SOFTMAX_PIXELS", pixels)
-    torch.testing.assert_close(pamr_affinity(image, [1, 2], variant), at_once)
+    torch.testing.assert_close(pamr_affinity(image, [1, 2], variant, "torch"), at_once)
 
 
-def test_images_of_a_batch_do_not_mix() -> None:
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_images_of_a_batch_do_not_mix(backend: str) -> None:
     image = torch.rand(3, 3, 8, 7)
-    one_by_one = torch.cat([pamr_affinity(single, [1, 2]) for single in image.split(1)])
-    torch.testing.assert_close(pamr_affinity(image, [1, 2]), one_by_one)
+    one_by_one = torch.cat([pamr_affinity(single, [1, 2], backend=backend) for single in image.split(1)])
+    torch.testing.assert_close(pamr_affinity(image, [1, 2], backend=backend), one_by_one)
 
 
 def test_is_a_constant_for_autograd() -> None:
@@ -120,12 +134,15 @@ def test_stays_in_float32_under_autocast(device: torch.device) -> None:
     assert torch.equal(affinity, pamr_affinity(image, [1, 2]))
 
 
-def test_takes_an_empty_batch() -> None:
-    assert pamr_affinity(torch.rand(0, 3, 4, 5), [1, 2]).shape == (0, 16, 4, 5)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_takes_an_empty_batch(backend: str) -> None:
+    assert pamr_affinity(torch.rand(0, 3, 4, 5), [1, 2], backend=backend).shape == (0, 16, 4, 5)
 
 
-def test_a_new_form_is_an_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_a_new_form_is_an_entry_of_the_table(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(VARIANTS, "mine", Variant(2.0, 2, 2, guard=1.0, with_centre=False, position_weight=0.5))
     image = uniform((2, 2, 6, 7), torch.float64, "contiguous", seed=0)
     expected = reference.squared_affinity(exact(image), [1, 3], guard=1.0, weight=2.0, position_weight=0.5)
-    assert_close(pamr_affinity(image, [1, 3], "mine"), expected, dtype=torch.float32, precision=torch.float32)
+    actual = pamr_affinity(image, [1, 3], "mine", backend)
+    assert_close(actual, expected, dtype=torch.float32, precision=torch.float32)

@@ -1,7 +1,6 @@
 import doctest
 import subprocess
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
+from tests.strategies import CPU_BACKENDS
 from wsseg_layers import kernels
 from wsseg_layers.kernels import pamr_affinity, pamr_propagate
 
@@ -19,25 +19,27 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("variant", kernels.VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_opcheck_affinity(shape: tuple[int, ...], variant: str, layout: torch.memory_format) -> None:
+def test_opcheck_affinity(shape: tuple[int, ...], variant: str, backend: str, layout: torch.memory_format) -> None:
     image = torch.rand(shape).contiguous(memory_format=layout)
-    opcheck(torch.ops.wsseg_layers.pamr_affinity.default, (image, [1, 2], variant, "torch"))
+    opcheck(torch.ops.wsseg_layers.pamr_affinity.default, (image, [1, 2], variant, backend))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize("num_iter", [0, 2])
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("name", ["pamr_propagate", "pamr_propagate_transposed"])
 def test_opcheck_propagate(
-    name: str, shape: tuple[int, ...], num_iter: int, dtype: torch.dtype, layout: torch.memory_format
+    name: str, backend: str, shape: tuple[int, ...], num_iter: int, dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
     mask = torch.rand(shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
     affinity = pamr_affinity(torch.rand(shape), [1, 2])
     operator = getattr(torch.ops.wsseg_layers, name).default
-    opcheck(operator, (mask, affinity, [1, 2], num_iter, "torch"))
+    opcheck(operator, (mask, affinity, [1, 2], num_iter, backend))
 
 
 @pytest.mark.parametrize("channels", [2, 21])
@@ -73,7 +75,7 @@ IMAGE, MASK, AFFINITY = torch.rand(2, 3, 5, 6), torch.rand(2, 4, 5, 6), torch.ra
         (ValueError, r"dilations\[0\] must be at least 1, got -2", {"dilations": [-2]}),
         (TypeError, r"dilations\[0\] must be an integer, got 1.5", {"dilations": [1.5]}),
         (ValueError, "variant must be one of 'pamr', 'paper', 'par', got 'PAMR'", {"variant": "PAMR"}),
-        (ValueError, "backend must be one of 'auto', 'triton', 'torch', got 'cuda'", {"backend": "cuda"}),
+        (ValueError, "backend must be one of 'auto', 'triton', 'cpp', 'torch', got 'cuda'", {"backend": "cuda"}),
     ],
 )
 def test_affinity_says_what_is_wrong(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
@@ -98,7 +100,7 @@ def test_affinity_says_what_is_wrong(error: type[Exception], message: str, argum
         (ValueError, "num_iter must be at most 2147483647, got 2147483648", {"num_iter": 2**31}),
         (TypeError, "num_iter must be an integer, got 2.0", {"num_iter": 2.0}),
         (TypeError, "num_iter must be an integer, got True", {"num_iter": True}),
-        (ValueError, "backend must be one of 'auto', 'triton', 'torch', got None", {"backend": None}),
+        (ValueError, "backend must be one of 'auto', 'triton', 'cpp', 'torch', got None", {"backend": None}),
     ],
 )
 def test_propagate_says_what_is_wrong(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
@@ -107,16 +109,34 @@ def test_propagate_says_what_is_wrong(error: type[Exception], message: str, argu
 
 
 @pytest.mark.parametrize(
-    ("device", "installed", "chosen"), [("cpu", True, "torch"), ("cuda", True, "triton"), ("cuda", False, "torch")]
+    ("device", "triton", "compiler", "chosen"),
+    [
+        ("cuda", True, True, "triton"),
+        ("cuda", False, True, "torch"),
+        ("cpu", True, True, "cpp"),
+        ("cpu", True, False, "torch"),
+        ("meta", True, True, "torch"),
+    ],
 )
-def test_auto_is_triton_where_it_runs(
-    device: str, installed: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+def test_auto_is_the_fastest_that_runs(
+    device: str, triton: bool, compiler: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_TRITON_INSTALLED", installed)
-    image: Any = SimpleNamespace(device=torch.device(device))  # as much of a tensor as the choice looks at
-    assert kernels._available_backend("auto", image=image) == chosen
-    if chosen == "triton":
-        assert kernels._available_backend("triton", image=image) == "triton"
+    monkeypatch.setattr(kernels, "_TRITON_INSTALLED", triton)
+    monkeypatch.setattr(kernels.cpp_library, "load", lambda: object() if compiler else None)
+    assert kernels._implementation("auto", torch.device(device)) == chosen
+    assert kernels._implementation(chosen, torch.device(device)) == chosen
+
+
+def test_says_why_cpp_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="backend='cpp' needs tensors on the CPU, got mask on meta"):
+        pamr_propagate(MASK.to("meta"), AFFINITY.to("meta"), [1, 2], 1, backend="cpp")
+    monkeypatch.setattr(kernels.cpp_library, "load", lambda: None)
+    for operation in (
+        lambda: pamr_affinity(IMAGE, [1, 2], backend="cpp"),
+        lambda: pamr_propagate(MASK, AFFINITY, [1, 2], 1, backend="cpp"),
+    ):
+        with pytest.raises(ValueError, match=r"backend='cpp' needs Linux and a C\+\+ compiler"):
+            operation()
 
 
 def test_says_why_triton_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:

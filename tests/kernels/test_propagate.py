@@ -7,7 +7,7 @@ from hypothesis import given
 from torch import Tensor
 
 from tests import reference
-from tests.strategies import assert_close, dtypes, exact, layouts, map_shapes, seeds, uniform
+from tests.strategies import CPU_BACKENDS, assert_close, backends, dtypes, exact, layouts, map_shapes, seeds, uniform
 from wsseg_layers.kernels import pamr_affinity, pamr_propagate, torch_propagate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,11 +21,12 @@ def some_weights(mask: Tensor, dilations: list[int], layout: str, seed: int) -> 
     return uniform((batch, 8 * len(dilations), height, width), torch.float32, layout, seed + 1) / 8 - 0.03
 
 
-@given(map_shapes(max_channels=6), dilation_lists, st.integers(0, 3), dtypes, layouts, layouts, seeds)
+@given(map_shapes(max_channels=6), dilation_lists, st.integers(0, 3), backends, dtypes, layouts, layouts, seeds)
 def test_equals_the_definition(
     shape: tuple[int, ...],
     dilations: list[int],
     num_iter: int,
+    backend: str,
     dtype: torch.dtype,
     layout: str,
     affinity_layout: str,
@@ -34,26 +35,27 @@ def test_equals_the_definition(
     mask = uniform(shape, dtype, layout, seed)
     affinity = some_weights(mask, dilations, affinity_layout, seed)
     expected = reference.pamr_propagate(exact(mask), exact(affinity), dilations, num_iter)
-    actual = pamr_propagate(mask, affinity, dilations, num_iter)
+    actual = pamr_propagate(mask, affinity, dilations, num_iter, backend)
     assert actual.is_contiguous()
     assert_close(actual, expected, dtype=dtype, precision=dtype)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 21, 150])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_equals_the_definition_for_any_number_of_channels(
-    channels: int, dtype: torch.dtype, device: torch.device
+    backend: str, channels: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     mask = torch.rand(2, channels, 7, 5, dtype=dtype)
     affinity = pamr_affinity(torch.rand(2, 3, 7, 5), [1, 4])
     expected = reference.pamr_propagate(exact(mask), exact(affinity), [1, 4], 2)
-    actual = pamr_propagate(mask.to(device), affinity.to(device), [1, 4], 2)
+    actual = pamr_propagate(mask.to(device), affinity.to(device), [1, 4], 2, backend)
     assert_close(actual, expected, dtype=dtype, precision=dtype)
 
 
 def test_gathers_in_chunks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     mask, affinity = torch.rand(2, 21, 6, 7), pamr_affinity(torch.rand(2, 3, 6, 7), [1, 2])
-    at_once = pamr_propagate(mask, affinity, [1, 2], 3)
+    at_once = pamr_propagate(mask, affinity, [1, 2], 3, "torch")
     gather, widths = torch.embedding_bag, set()
 
     def recorded(table: Tensor, *arguments: Any, **options: Any) -> Any:
@@ -62,14 +64,14 @@ def test_gathers_in_chunks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "embedding_bag", recorded)
     monkeypatch.setattr(torch_propagate, "GATHER_TABLE_BYTES", 6 * 7 * 4 * 8)  # 8 channels
-    torch.testing.assert_close(pamr_propagate(mask, affinity, [1, 2], 3), at_once)
+    torch.testing.assert_close(pamr_propagate(mask, affinity, [1, 2], 3, "torch"), at_once)
     assert widths == {7}  # 21 in three chunks
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5])
 def test_gathers_in_blocks_of_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mask, affinity = torch.rand(2, 5, 6, 7), pamr_affinity(torch.rand(2, 3, 6, 7), [1, 2, 24])
-    at_once = pamr_propagate(mask, affinity, [1, 2, 24], 3)
+    at_once = pamr_propagate(mask, affinity, [1, 2, 24], 3, "torch")
     index_of, blocks = torch_propagate._neighbour_index, []
 
     def recorded(rows: int, *arguments: Any) -> Tensor:
@@ -78,7 +80,7 @@ def test_gathers_in_blocks_of_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch_propagate, "_neighbour_index", recorded)
     monkeypatch.setattr(torch_propagate, "GATHER_INDEX_BYTES", 4 * 24 * 7 * rows)
-    assert torch.equal(pamr_propagate(mask, affinity, [1, 2, 24], 3), at_once)
+    assert torch.equal(pamr_propagate(mask, affinity, [1, 2, 24], 3, "torch"), at_once)
     assert blocks == [rows]
 
 
@@ -87,56 +89,64 @@ def test_the_index_is_as_narrow_as_it_can_be() -> None:
 
 
 @pytest.mark.parametrize("channels", [2, 5])
-def test_dilations_far_beyond_the_image_cost_nothing(channels: int) -> None:
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_dilations_far_beyond_the_image_cost_nothing(backend: str, channels: int) -> None:
     image, mask = torch.rand(1, 3, 6, 7), torch.rand(1, channels, 6, 7, requires_grad=True)
     for variant in ("pamr", "par"):
-        affinity = pamr_affinity(image, [1, 2**31 - 1], variant)
+        affinity = pamr_affinity(image, [1, 2**31 - 1], variant, backend=backend)
         assert affinity.isfinite().all()
-    affinity = pamr_affinity(image, [1, 50])
-    far, near = (pamr_propagate(mask, affinity, [1, d], 3) for d in (2**31 - 1, 50))
+    affinity = pamr_affinity(image, [1, 50], backend=backend)
+    far, near = (pamr_propagate(mask, affinity, [1, d], 3, backend) for d in (2**31 - 1, 50))
     assert torch.equal(far, near)
     assert torch.equal(*(torch.autograd.grad(result.square().sum(), mask)[0] for result in (far, near)))
 
 
-def test_takes_a_half_precision_affinity() -> None:
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_takes_a_half_precision_affinity(backend: str) -> None:
     mask = torch.rand(1, 21, 6, 7)
-    affinity = pamr_affinity(torch.rand(1, 3, 6, 7), [1, 2]).half()
+    affinity = pamr_affinity(torch.rand(1, 3, 6, 7), [1, 2], backend=backend).half()
     expected = reference.pamr_propagate(exact(mask), exact(affinity), [1, 2], 3)
-    assert_close(pamr_propagate(mask, affinity, [1, 2], 3), expected, dtype=torch.float32, precision=torch.float32)
+    actual = pamr_propagate(mask, affinity, [1, 2], 3, backend)
+    assert_close(actual, expected, dtype=torch.float32, precision=torch.float32)
 
 
 @pytest.mark.parametrize("channels", [2, 21])
-def test_leaves_its_arguments_alone(channels: int) -> None:
-    mask, affinity = torch.rand(1, channels, 6, 6), pamr_affinity(torch.rand(1, 3, 6, 6), [1])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_leaves_its_arguments_alone(backend: str, channels: int) -> None:
+    mask, affinity = torch.rand(1, channels, 6, 6), pamr_affinity(torch.rand(1, 3, 6, 6), [1], backend=backend)
     mask_before, affinity_before = mask.clone(), affinity.clone()
     for num_iter in (0, 1, 2):
-        pamr_propagate(mask, affinity, [1], num_iter).zero_()
+        pamr_propagate(mask, affinity, [1], num_iter, backend).zero_()
     assert torch.equal(mask, mask_before)
     assert torch.equal(affinity, affinity_before)
 
 
 @pytest.mark.parametrize("channels", [2, 21])
-def test_nan_spreads_one_neighbourhood_an_iteration(channels: int) -> None:
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_nan_spreads_one_neighbourhood_an_iteration(backend: str, channels: int) -> None:
     mask = torch.zeros(1, channels, 9, 9)
     mask[0, 1, 4, 4] = torch.nan
     uniform_weights = torch.full((1, 8, 9, 9), 1 / 8)
-    once, twice = (pamr_propagate(mask, uniform_weights, [1], n).isnan() for n in (1, 2))
+    once, twice = (pamr_propagate(mask, uniform_weights, [1], n, backend).isnan() for n in (1, 2))
     assert once.sum() == 8
     assert twice.sum() == 25
     assert not once[0, 0].any()
 
 
 @pytest.mark.parametrize("channels", [2, 21])
-def test_iterations_compose(channels: int) -> None:
-    mask, affinity = torch.rand(1, channels, 6, 7), pamr_affinity(torch.rand(1, 3, 6, 7), [1, 2])
-    twice = pamr_propagate(pamr_propagate(mask, affinity, [1, 2], 1), affinity, [1, 2], 2)
-    torch.testing.assert_close(pamr_propagate(mask, affinity, [1, 2], 3), twice)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_iterations_compose(backend: str, channels: int) -> None:
+    mask, affinity = torch.rand(1, channels, 6, 7), pamr_affinity(torch.rand(1, 3, 6, 7), [1, 2], backend=backend)
+    twice = pamr_propagate(pamr_propagate(mask, affinity, [1, 2], 1, backend), affinity, [1, 2], 2, backend)
+    torch.testing.assert_close(pamr_propagate(mask, affinity, [1, 2], 3, backend), twice)
 
 
 @pytest.mark.parametrize("channels", [2, 21])
-def test_keeps_the_range_of_the_masks(channels: int) -> None:
-    mask, affinity = torch.rand(2, channels, 12, 11), pamr_affinity(torch.rand(2, 3, 12, 11), [1, 2, 4])
-    refined = pamr_propagate(mask, affinity, [1, 2, 4], 10)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_keeps_the_range_of_the_masks(backend: str, channels: int) -> None:
+    mask = torch.rand(2, channels, 12, 11)
+    affinity = pamr_affinity(torch.rand(2, 3, 12, 11), [1, 2, 4], backend=backend)
+    refined = pamr_propagate(mask, affinity, [1, 2, 4], 10, backend)
     assert refined.min() >= mask.min() - 1e-6
     assert refined.max() <= mask.max() + 1e-6
 
@@ -152,11 +162,12 @@ def test_keeps_the_dtype_under_autocast(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("channels", [2, 21])
-def test_halves_are_rounded_once_at_the_end(channels: int, dtype: torch.dtype) -> None:
-    affinity = pamr_affinity(torch.rand(1, 3, 6, 7), [1, 2, 4])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_halves_are_rounded_once_at_the_end(backend: str, channels: int, dtype: torch.dtype) -> None:
+    affinity = pamr_affinity(torch.rand(1, 3, 6, 7), [1, 2, 4], backend=backend)
     mask = torch.rand(1, channels, 6, 7).to(dtype).requires_grad_()
     wide = mask.detach().float().requires_grad_()
-    refined, wide_refined = (pamr_propagate(x, affinity, [1, 2, 4], 10) for x in (mask, wide))
+    refined, wide_refined = (pamr_propagate(x, affinity, [1, 2, 4], 10, backend) for x in (mask, wide))
     assert torch.equal(refined, wide_refined.to(dtype))
     weight = torch.rand_like(refined)
     (grad,) = torch.autograd.grad(refined, mask, weight)
@@ -165,8 +176,9 @@ def test_halves_are_rounded_once_at_the_end(channels: int, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("channels", [2, 21])
-def test_takes_an_empty_batch(channels: int) -> None:
-    refined = pamr_propagate(torch.rand(0, channels, 4, 5), torch.rand(0, 16, 4, 5), [1, 2], 3)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_takes_an_empty_batch(backend: str, channels: int) -> None:
+    refined = pamr_propagate(torch.rand(0, channels, 4, 5), torch.rand(0, 16, 4, 5), [1, 2], 3, backend)
     assert refined.shape == (0, channels, 4, 5)
 
 

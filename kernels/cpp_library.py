@@ -1,0 +1,83 @@
+"""refine.cpp, compiled by the machine's own compiler when it is first needed, and kept for the next process."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("refine.cpp")
+OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp")
+# Of processors that PyTorch found to have them, so that a kept library never meets one that has not.
+INSTRUCTIONS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f")}
+
+
+class Map(ctypes.Structure):
+    """The sizes of a map, as refine.cpp stores it."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("channels", "height", "width", "reach", "pitch"))
+
+
+class Neighbours(ctypes.Structure):
+    """The offsets of a pixel's neighbours."""
+
+    _fields_ = (("count", ctypes.c_int64), *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("dy", "dx")))
+
+
+class Form(ctypes.Structure):
+    """A form of the affinity."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("guard", "weight", "samples")),
+        *((name, ctypes.c_int64) for name in ("sigma_power", "power")),
+        ("position", ctypes.POINTER(ctypes.c_double)),
+    )
+
+
+@functools.cache
+def load() -> ctypes.CDLL | None:
+    """Return the compiled library, or None where it cannot be had: elsewhere than on Linux, or without a compiler."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if not (sys.platform == "linux" and compiler and shutil.which(compiler[0])):
+        return None
+    command = [*compiler, *OPTIONS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    try:
+        library = _load_or_compile(command)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        warnings.warn(f"PyTorch refines masks on the CPU, slower: no C++ library by {command}: {reason}", stacklevel=2)
+        return None
+    for real in ("float", "double"):
+        affinity, propagate = getattr(library, f"affinity_{real}"), getattr(library, f"propagate_{real}")
+        size, neighbours = ctypes.POINTER(Map), ctypes.POINTER(Neighbours)
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        affinity.argtypes = (pointer, pointer, size, neighbours, ctypes.POINTER(Form), number)
+        propagate.argtypes = (pointer, pointer, pointer, size, neighbours, number, number)
+        affinity.restype = propagate.restype = None
+    return library
+
+
+def _load_or_compile(command: list[str]) -> ctypes.CDLL:
+    key = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "wsseg_layers" / f"refine-{key}.so"
+    with suppress(OSError):
+        return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder, kept.name)
+        subprocess.run([*command, str(SOURCE), "-o", str(compiled)], check=True, capture_output=True, text=True)
+        library = ctypes.CDLL(str(compiled))
+        with suppress(OSError):  # where nothing can be kept, the next process compiles again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = kept.with_name(f"{kept.name}.{os.getpid()}")
+            shutil.copyfile(compiled, partial)
+            partial.replace(kept)
+    return library

@@ -1,0 +1,83 @@
+"""Affinity and propagation in C++ (refine.cpp), for CPUs: image by image, maps laid out as the C++ reads them."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import cpp_library
+from .neighbourhood import neighbour_offsets, within
+from .variants import VARIANTS, position_affinity
+
+# The narrowest map that refine.cpp reads without a look at the width.
+MIN_WIDTH = 32
+# Channels are propagated in chunks of this size: the extra memory, and what the last-level cache should hold.
+CHUNK_BYTES = 24 * 2**20
+
+
+def empty_affinity(batch: int, neighbours: int, height: int, width: int) -> Tensor:
+    """Return weights [B, N, H, W] whose memory is [B, H, N, W]: a row's weights lie together."""
+    return torch.empty(batch, height, neighbours, width, dtype=torch.float32).transpose(1, 2)
+
+
+def affinity(image: Tensor, dilations: Sequence[int], variant: str, out: Tensor) -> None:
+    """Fill `out`, of `empty_affinity`, with the affinity of an image [B, K, H, W]."""
+    form = VARIANTS[variant]
+    near = within(dilations, *image.shape[2:])
+    neighbours = _neighbours(near)
+    position = (ctypes.c_double * neighbours.count)()
+    if form.position_weight:
+        position[:] = position_affinity(neighbour_offsets(dilations), form).tolist()
+    parameters = cpp_library.Form(
+        form.guard, form.weight, form.samples(len(dilations)), form.sigma_power, form.power, position
+    )
+    real, dtype = ("double", torch.float64) if form.in_double else ("float", torch.float32)
+    compute = getattr(cpp_library.load(), f"affinity_{real}")
+    for one, weights in zip(image, out, strict=True):
+        padded, size = _padded(one, max(near), dtype)
+        compute(padded.data_ptr(), weights.data_ptr(), size, neighbours, parameters, torch.get_num_threads())
+
+
+def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
+    """Return the mask [B, C, H, W] after `num_iter` weighted sums over the neighbours: contiguous, in its own dtype."""
+    _, channels, height, width = mask.shape
+    near = within(dilations, height, width)
+    neighbours = _neighbours(near)
+    real, dtype = ("double", torch.float64) if mask.dtype == torch.float64 else ("float", torch.float32)
+    compute = getattr(cpp_library.load(), f"propagate_{real}")
+    result = torch.empty_like(mask, memory_format=torch.contiguous_format)
+    rows = affinity.transpose(1, 2).to(dtype).contiguous()  # no copy of what `affinity` above has made
+    chunks = min(channels, -(-channels * height * width * dtype.itemsize // CHUNK_BYTES))
+    for image_mask, weights, image_result in zip(mask, rows, result, strict=True):
+        for chunk, refined in zip(image_mask.chunk(chunks), image_result.chunk(chunks), strict=True):
+            padded, size = _padded(chunk, max(near), dtype)
+            tables = [padded, torch.empty_like(padded)]
+            compute(
+                *(table.data_ptr() for table in tables),
+                weights.data_ptr(),
+                size,
+                neighbours,
+                num_iter,
+                torch.get_num_threads(),
+            )
+            refined.copy_(tables[num_iter % 2][:, :, size.reach : size.reach + width].transpose(0, 1))
+    return result
+
+
+def _neighbours(dilations: Sequence[int]) -> cpp_library.Neighbours:
+    """Return the neighbours' offsets as refine.cpp reads them."""
+    dy, dx = zip(*neighbour_offsets(dilations), strict=True)
+    array = ctypes.c_int64 * len(dy)
+    return cpp_library.Neighbours(len(dy), array(*dy), array(*dx))
+
+
+def _padded(maps: Tensor, reach: int, dtype: torch.dtype) -> tuple[Tensor, cpp_library.Map]:
+    """Return maps [C, H, W] as refine.cpp stores them, [H, C, pitch], the border replicated to both sides."""
+    channels, height, width = maps.shape
+    padded = maps.new_empty(height, channels, 2 * reach + max(width, MIN_WIDTH), dtype=dtype)
+    left, image, right = padded.tensor_split((reach, reach + width), dim=2)
+    image.copy_(maps.transpose(0, 1))
+    left.copy_(image[:, :, :1].expand_as(left))
+    right.copy_(image[:, :, -1:].expand_as(right))
+    return padded, cpp_library.Map(channels, height, width, reach, padded.shape[2])
