@@ -1,4 +1,4 @@
-"""Other ways to propagate on a CPU without a [B, C, N, H, W] stack: what the library's gather was chosen over.
+"""Other ways to propagate on a CPU without a [B, C, N, H, W] stack: what the library's two ways were chosen over.
 
 All take masks [1, C, H, W] and the affinity [1, N, H, W], and return the refined masks.
 """

@@ -1,4 +1,4 @@
-"""Propagation on a CPU by the library's gather, and by the other ways that were tried."""
+"""Propagation on a CPU by the library's C++ and its gather, and by the other ways that were tried."""
 
 from functools import partial
 
@@ -19,9 +19,15 @@ def test_propagation(bench: Bench, classes: int) -> None:
     side, num_iter = bench.size(smoke=(9, 2), quick=(64, 10), full=(321, 10))
     torch.manual_seed(0)
     mask = torch.rand(1, classes, side, side).softmax(dim=1)
-    affinity = pamr_affinity(torch.rand(1, 3, side, side), DILATIONS)
-    ways = {"ours": pamr_propagate, "shifted views": shifted_views, "sparse matrix": sparse_matrix}
+    image = torch.rand(1, 3, side, side)
+    # Each reads the weights as its own affinity lays them out.
+    affinity, gathered = (pamr_affinity(image, DILATIONS, backend=backend) for backend in ("auto", "torch"))
+    ways = {"shifted views": shifted_views, "sparse matrix": sparse_matrix}
     if bench.mode == "full" and compiler():
         ways["interleaved rows, compiled"] = interleaved_rows
-    competitors = {name: partial(way, mask, affinity, DILATIONS, num_iter) for name, way in ways.items()}
+    competitors = {
+        "ours": lambda: pamr_propagate(mask, affinity, DILATIONS, num_iter),
+        "ours, backend='torch'": lambda: pamr_propagate(mask, gathered, DILATIONS, num_iter, backend="torch"),
+        **{name: partial(way, mask, gathered, DILATIONS, num_iter) for name, way in ways.items()},
+    }
     bench.compare("propagation alone", "x".join(map(str, mask.shape)), competitors)

@@ -39,6 +39,7 @@ def test_refinement(bench: Bench, layer: str, case: str) -> None:
     ours, peer = (pamr, eager.pamr) if layer == "PAMR" else (par, eager.par)
     competitors = {
         "ours": lambda: ours(image, mask, num_iter=NUM_ITER, dilations=DILATIONS),
+        "ours, backend='torch'": lambda: ours(image, mask, num_iter=NUM_ITER, dilations=DILATIONS, backend="torch"),
         "eager": lambda: peer(image, mask, DILATIONS, NUM_ITER),
     }
     if layer == "PAMR":

@@ -1,8 +1,8 @@
-// The dilated affinity and its propagation on a CPU, for one image. cpp_library.py compiles this, cpp_refine.py calls it.
+// The dilated affinity and its propagation for one image, on a CPU. cpp_library.py compiles it, cpp_refine.py calls it.
 //
 // A map is stored row by row, [height][channels][pitch]. In a row, the image starts at column `reach`; its border is
-// replicated by `reach` columns to both sides, and further to the right if it is narrower than MIN_WIDTH. An affinity is
-// [height][neighbours][width]: neighbour n of a pixel is (dy[n], dx[n]) away, with |dx[n]| <= reach.
+// replicated by `reach` columns to both sides, and further to the right where it is narrower than MIN_WIDTH.
+// An affinity is [height][neighbours][width]. Neighbour n of a pixel is (dy[n], dx[n]) away, both within `reach`.
 
 #include <cmath>
 #include <cstdint>
@@ -79,7 +79,8 @@ static std::vector<const Real *> find_rows(const Real *map, const Map &size, con
 template <typename Real> static Vector<Real> exp_of_negative(Vector<Real> x)
 {
     using T = Types<Real>;
-    constexpr Real magic = uint64_t(3) << (T::fraction - 1); // adding it rounds, and leaves the integer in the lowest bits
+    // Adding it rounds, and leaves the integer in the lowest bits.
+    constexpr Real magic = uint64_t(3) << (T::fraction - 1);
     constexpr double ln2_high = 0.693359375, factorials[] = {720, 120, 24, 6, 2, 1, 1};
     x = x < T::lowest ? Vector<Real>{} + T::lowest : x;
     Vector<Real> shifted = x * Real(M_LOG2E) + magic, integer = shifted - magic;
@@ -90,7 +91,7 @@ template <typename Real> static Vector<Real> exp_of_negative(Vector<Real> x)
     return series * (Vector<Real>)power_of_2;
 }
 
-// Fill weights[neighbour][pixel] of a block of pixels. `rows` and `centre` point to its first pixel.
+// Fill weights[neighbour][pixel] of a block of pixels from column x on. `rows` and `centre` point to column 0.
 template <typename Real, int BLOCK>
 static void weigh(Real (*weights)[BLOCK], const std::vector<const Real *> &rows, const Real *centre, int64_t x,
                   const Map &size, const Form &form)
@@ -151,7 +152,7 @@ static void affinity(const Real *image, float *out, const Map &size, const Neigh
 {
     constexpr int block = 2 * LANES<Real>;
     static_assert(block <= MIN_WIDTH);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t y = 0; y < size.height; y++) {
         const auto rows = find_rows(image, size, neighbours, y);
         std::vector<Real> scratch(neighbours.count * block);
@@ -168,10 +169,11 @@ static void affinity(const Real *image, float *out, const Map &size, const Neigh
     }
 }
 
-// Sum a register of pixels over their neighbours in `group` channels, and fetch the next row's weights meanwhile.
+// Sum a register of pixels over their neighbours in `group` channels. What the next row of pixels needs is fetched
+// meanwhile: its weights, its result, and `lowest`, the only one of its neighbours' rows that was not read before.
 template <int group, typename Real>
-static void sum(Real *out, const std::vector<const Real *> &rows, int64_t first, const Real *weights, int64_t stride,
-                const Map &size)
+static void sum(Real *out, const Real *lowest, const std::vector<const Real *> &rows, int64_t first,
+                const Real *weights, int64_t stride, const Map &size)
 {
     const int64_t count = rows.size();
     Vector<Real> sums[group] = {};
@@ -180,7 +182,12 @@ static void sum(Real *out, const std::vector<const Real *> &rows, int64_t first,
         __builtin_prefetch(weights + (count + n) * stride);
         for (int c = 0; c < group; c++) sums[c] += weight * at(rows[n] + first + c * size.pitch);
     }
-    for (int c = 0; c < group; c++) at(out + first + c * size.pitch) = sums[c];
+    for (int c = 0; c < group; c++) {
+        const int64_t pixels = first + c * size.pitch;
+        at(out + pixels) = sums[c];
+        __builtin_prefetch(out + size.channels * size.pitch + pixels, 1);
+        __builtin_prefetch(lowest + pixels);
+    }
 }
 
 template <int group = MAX_GROUP, typename... Arguments>
@@ -192,59 +199,69 @@ static void sum_channels(int64_t channels, const Arguments &...arguments)
         sum_channels<group - 1>(channels, arguments...);
 }
 
+// Sum a row of pixels over their neighbours, and replicate the border to its sides.
+template <typename Real>
+static void propagate_row(Real *result, const Real *masks, const Real *affinity, const Map &size,
+                          const Neighbours &neighbours, int64_t y)
+{
+    constexpr int lanes = LANES<Real>;
+    const int64_t row_size = size.channels * size.pitch;
+    const auto rows = find_rows(masks, size, neighbours, y);
+    Real *out = result + y * row_size + size.reach;
+    const Real *lowest = masks + (y + 1 + size.reach) * row_size + size.reach;
+    const Real *weights = affinity + y * neighbours.count * size.width;
+    int64_t stride = size.width;
+
+    std::vector<Real> wide; // of narrow maps, where a register of weights would reach beyond the affinity
+    if (size.width < lanes) {
+        wide.resize(neighbours.count * lanes);
+        for (int64_t n = 0; n < neighbours.count; n++)
+            std::memcpy(&wide[n * lanes], weights + n * stride, stride * sizeof(Real));
+        weights = wide.data();
+        stride = lanes;
+    }
+
+    const int64_t groups = (size.channels + MAX_GROUP - 1) / MAX_GROUP;
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t channel = size.channels * g / groups, next = size.channels * (g + 1) / groups;
+        for (int64_t x = 0; x < size.width; x += lanes) {
+            const int64_t start = block_start(x, lanes, size.width), first = channel * size.pitch + start;
+            sum_channels(next - channel, out, lowest, rows, first, weights + start, stride, size);
+        }
+    }
+
+    for (int64_t c = 0; c < size.channels; c++) {
+        Real *first = out + c * size.pitch, *last = first + size.width - 1;
+        for (int64_t x = 1; x <= size.reach; x++) {
+            first[-x] = *first;
+            last[x] = *last;
+        }
+    }
+}
+
 // `from` is summed into `to`, and back, as often as there are iterations.
 template <typename Real>
 static void propagate(Real *from, Real *to, const Real *affinity, const Map &size, const Neighbours &neighbours,
                       int64_t iterations, int64_t threads)
 {
-    constexpr int lanes = LANES<Real>;
-    const int64_t groups = (size.channels + MAX_GROUP - 1) / MAX_GROUP;
 #pragma omp parallel num_threads(threads)
     for (int64_t t = 0; t < iterations; t++) {
-        const Real *masks = t % 2 ? to : from;
-        Real *result = t % 2 ? from : to;
-#pragma omp for schedule(dynamic, 4)
-        for (int64_t y = 0; y < size.height; y++) {
-            const auto rows = find_rows(masks, size, neighbours, y);
-            Real *out = result + y * size.channels * size.pitch + size.reach;
-            const Real *weights = affinity + y * neighbours.count * size.width;
-            int64_t stride = size.width;
-            std::vector<Real> wide;
-            if (size.width < lanes) { // A register of weights would reach beyond the row, and in the end the affinity.
-                stride = lanes;
-                wide.resize(neighbours.count * lanes);
-                for (int64_t n = 0; n < neighbours.count; n++)
-                    std::memcpy(&wide[n * lanes], weights + n * size.width, size.width * sizeof(Real));
-                weights = wide.data();
-            }
-            for (int64_t g = 0; g < groups; g++) {
-                const int64_t channel = size.channels * g / groups, next = size.channels * (g + 1) / groups;
-                for (int64_t x = 0; x < size.width; x += lanes) {
-                    const int64_t start = block_start(x, lanes, size.width);
-                    sum_channels(next - channel, out, rows, channel * size.pitch + start, weights + start, stride, size);
-                }
-            }
-            for (int64_t c = 0; c < size.channels; c++) {
-                Real *first = out + c * size.pitch, *last = first + size.width - 1;
-                for (int64_t x = 1; x <= size.reach; x++) {
-                    first[-x] = *first;
-                    last[x] = *last;
-                }
-            }
-        }
+#pragma omp for schedule(static) // so that a thread's rows stay in its cache
+        for (int64_t y = 0; y < size.height; y++)
+            propagate_row(t % 2 ? from : to, t % 2 ? to : from, affinity, size, neighbours, y);
     }
 }
 
-#define EXPORT(Real)                                                                                                  \
-    extern "C" void affinity_##Real(const Real *image, float *out, const Map *size, const Neighbours *neighbours,     \
-                                    const Form *form, int64_t threads)                                                   \
-    {                                                                                                                 \
-        affinity(image, out, *size, *neighbours, *form, threads);                                                     \
-    }                                                                                                                 \
-    extern "C" void propagate_##Real(Real *from, Real *to, const Real *affinity, const Map *size,                     \
-                                     const Neighbours *neighbours, int64_t iterations, int64_t threads)                     \
-    {                                                                                                                 \
-        propagate(from, to, affinity, *size, *neighbours, iterations, threads);                                       \
+#define EXPORT(Real)                                                                                                 \
+    extern "C" void affinity_##Real(const Real *image, float *out, const Map *size, const Neighbours *neighbours,    \
+                                    const Form *form, int64_t threads)                                               \
+    {                                                                                                                \
+        affinity(image, out, *size, *neighbours, *form, threads);                                                    \
+    }                                                                                                                \
+    extern "C" void propagate_##Real(Real *from, Real *to, const Real *affinity, const Map *size,                    \
+                                     const Neighbours *neighbours, int64_t iterations, int64_t threads)              \
+    {                                                                                                                \
+        propagate(from, to, affinity, *size, *neighbours, iterations, threads);                                      \
     }
 EXPORT(float)
 EXPORT(double)
