@@ -51,7 +51,7 @@ def markdown(bench: Bench, bandwidth: float) -> str:
             same_size = [row for row in rows if row.size == size]
             lines += [table_line(row, same_size[0]) for row in same_size]
     if bench.notes:
-        lines += ["", "## Memory", "", *bench.notes]
+        lines += ["", "## Memory and first use", "", "\n\n".join(bench.notes)]
     return "\n".join(lines) + "\n"
 
 

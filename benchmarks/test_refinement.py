@@ -1,5 +1,6 @@
 """PAMR and PAR beside the eager formulation, and beside the best that `torch.compile` makes of it."""
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -12,6 +13,7 @@ from torch import Tensor
 from benchmarks import eager
 from benchmarks.measure import Bench
 from wsseg_layers.functional import pamr, par
+from wsseg_layers.kernels import cpp_library
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 NUM_ITER = 10
@@ -102,3 +104,26 @@ image, mask = torch.rand({shape[0]}, 3, *{shape[2:]}), torch.rand({shape})
 print(resident_memory(lambda: {statement}))
 """
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(cpp_library.load() is None, reason="no C++ compiler")
+def test_first_use(bench: Bench, tmp_path: Path) -> None:
+    code = """
+import time
+from wsseg_layers.kernels import cpp_library
+
+started = time.perf_counter()
+cpp_library.load()
+print(time.perf_counter() - started)
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    compiling, loading = (
+        float(subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)) for _ in range(2)
+    )
+    if bench.mode != "smoke":
+        bench.notes.append(
+            f"First use of PAMR and PAR on a CPU: {compiling:.2f} s to compile the C++;"
+            f" {1e3 * loading:.1f} ms to load it in every later process."
+        )
+        bench.say(bench.notes[-1])
+    assert len(list((tmp_path / "wsseg_layers").iterdir())) == 1
