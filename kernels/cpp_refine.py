@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import cpp_library
-from .neighbourhood import neighbour_offsets, within
+from .neighbourhood import neighbour_offsets
 from .variants import VARIANTS, position_affinity
 
 # The narrowest map that refine.cpp reads without a look at the width.
@@ -24,8 +24,7 @@ def empty_affinity(batch: int, neighbours: int, height: int, width: int) -> Tens
 def affinity(image: Tensor, dilations: Sequence[int], variant: str, out: Tensor) -> None:
     """Fill `out`, of `empty_affinity`, with the affinity of an image [B, K, H, W]."""
     form = VARIANTS[variant]
-    near = within(dilations, *image.shape[2:])
-    neighbours = _neighbours(near)
+    reach, neighbours = _neighbours(dilations, image.shape[3])
     position = (ctypes.c_double * neighbours.count)()
     if form.position_weight:
         position[:] = position_affinity(neighbour_offsets(dilations), form).tolist()
@@ -35,15 +34,14 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: str, out: Tensor)
     real, dtype = ("double", torch.float64) if form.in_double else ("float", torch.float32)
     compute = getattr(cpp_library.load(), f"affinity_{real}")
     for one, weights in zip(image, out, strict=True):
-        padded, size = _padded(one, max(near), dtype)
+        padded, size = _padded(one, reach, dtype)
         compute(padded.data_ptr(), weights.data_ptr(), size, neighbours, parameters, torch.get_num_threads())
 
 
 def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
     """Return the mask [B, C, H, W] after `num_iter` weighted sums over the neighbours: contiguous, in its own dtype."""
     _, channels, height, width = mask.shape
-    near = within(dilations, height, width)
-    neighbours = _neighbours(near)
+    reach, neighbours = _neighbours(dilations, width)
     real, dtype = ("double", torch.float64) if mask.dtype == torch.float64 else ("float", torch.float32)
     compute = getattr(cpp_library.load(), f"propagate_{real}")
     result = torch.empty_like(mask, memory_format=torch.contiguous_format)
@@ -51,7 +49,7 @@ def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter
     chunks = min(channels, -(-channels * height * width * dtype.itemsize // CHUNK_BYTES))
     for image_mask, weights, image_result in zip(mask, rows, result, strict=True):
         for chunk, refined in zip(image_mask.chunk(chunks), image_result.chunk(chunks), strict=True):
-            padded, size = _padded(chunk, max(near), dtype)
+            padded, size = _padded(chunk, reach, dtype)
             tables = [padded, torch.empty_like(padded)]
             compute(
                 *(table.data_ptr() for table in tables),
@@ -61,15 +59,16 @@ def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter
                 num_iter,
                 torch.get_num_threads(),
             )
-            refined.copy_(tables[num_iter % 2][:, :, size.reach : size.reach + width].transpose(0, 1))
+            refined.copy_(tables[num_iter % 2][:, :, reach : reach + width].transpose(0, 1))
     return result
 
 
-def _neighbours(dilations: Sequence[int]) -> cpp_library.Neighbours:
-    """Return the neighbours' offsets as refine.cpp reads them."""
+def _neighbours(dilations: Sequence[int], width: int) -> tuple[int, cpp_library.Neighbours]:
+    """Return how far neighbours are to the sides, and their offsets. Farther than the width, all is border."""
+    reach = min(max(dilations), width)
     dy, dx = zip(*neighbour_offsets(dilations), strict=True)
     array = ctypes.c_int64 * len(dy)
-    return cpp_library.Neighbours(len(dy), array(*dy), array(*dx))
+    return reach, cpp_library.Neighbours(len(dy), array(*dy), array(*(max(-reach, min(x, reach)) for x in dx)))
 
 
 def _padded(maps: Tensor, reach: int, dtype: torch.dtype) -> tuple[Tensor, cpp_library.Map]:

@@ -2,7 +2,7 @@
 //
 // A map is stored row by row, [height][channels][pitch]. In a row, the image starts at column `reach`; its border is
 // replicated by `reach` columns to both sides, and further to the right where it is narrower than MIN_WIDTH.
-// An affinity is [height][neighbours][width]. Neighbour n of a pixel is (dy[n], dx[n]) away, both within `reach`.
+// An affinity is [height][neighbours][width]. Neighbour n of a pixel is (dy[n], dx[n]) away, with |dx[n]| <= reach.
 
 #include <cmath>
 #include <cstdint>

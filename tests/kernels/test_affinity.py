@@ -67,6 +67,26 @@ def test_steep_forms_lose_nothing_before_they_are_rounded(backend: str, variant:
     torch.testing.assert_close(actual, expected, rtol=2e-7, atol=2e-7)
 
 
+@pytest.mark.parametrize(("variant", "contrast"), [("pamr", 1), ("paper", 0.03), ("par", 1)])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_small_weights_are_as_small_as_they_should_be(backend: str, variant: str, contrast: float) -> None:
+    image = torch.from_numpy(contrast * np.random.default_rng(0).random((1, 1, 11, 13)) ** 20).float()
+    expected = torch.from_numpy(reference.pamr_affinity(exact(image), [1, 2, 4, 7, 9], variant))
+    actual = pamr_affinity(image, [1, 2, 4, 7, 9], variant, backend).double()
+    assert expected.min() < (1e-2 / 48 / 48 if variant == "par" else 1e-20)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-37)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_one_pixel_unlike_many_weighs_nothing(backend: str, variant: str) -> None:
+    image, dilations = torch.zeros(1, 1, 11, 13), list(range(1, 25))  # exponents down to -147 and far below
+    image[..., 5, 6] = 1
+    expected = torch.from_numpy(reference.pamr_affinity(exact(image), dilations, variant))
+    actual = pamr_affinity(image, dilations, variant, backend).double()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-37)
+
+
 @pytest.mark.parametrize("variant", ["pamr", "paper"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
