@@ -68,7 +68,7 @@ def load() -> ctypes.CDLL | None:
 
 def _load_or_compile(command: list[str]) -> ctypes.CDLL:
     key = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "wsseg_layers" / f"refine-{key}.so"
+    kept = _cache() / f"refine-{key}.so"
     with suppress(OSError):
         return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as folder:
@@ -81,3 +81,10 @@ def _load_or_compile(command: list[str]) -> ctypes.CDLL:
             shutil.copyfile(compiled, partial)
             partial.replace(kept)
     return library
+
+
+def _cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "wsseg_layers"
+    except RuntimeError:  # a user without a home, as in some containers, keeps nothing: below a file is no folder
+        return Path(os.devnull) / "wsseg_layers"

@@ -155,6 +155,17 @@ def test_compiles_where_nothing_can_be_kept(fresh: Path) -> None:
 
 @needs_compiler
 @pytest.mark.usefixtures("fresh")
+def test_compiles_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(path: Path) -> Path:
+        raise RuntimeError(f"Could not determine home directory of {path}.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    assert refines(cpp_library.load())
+
+
+@needs_compiler
+@pytest.mark.usefixtures("fresh")
 def test_a_compiler_that_fails_is_reported_and_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "c++ -no-such-option")
     with pytest.warns(UserWarning, match=r"PyTorch refines masks on the CPU.*no-such-option"):
