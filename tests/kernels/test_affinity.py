@@ -87,6 +87,26 @@ def test_one_pixel_unlike_many_weighs_nothing(backend: str, variant: str) -> Non
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-37)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_neighbours_that_equal_each_other_but_not_the_pixel(backend: str, variant: str) -> None:
+    # Their variance is 0, and what rounding leaves of it may be negative.
+    image = torch.zeros(1, 2, 23, 30)
+    image[..., 4::7, 4::7] = torch.rand(1, 2, 3, 4)
+    expected = reference.pamr_affinity(exact(image), [1, 2, 3], variant)
+    actual = pamr_affinity(image, [1, 2, 3], variant, backend)
+    assert_close(actual, expected, dtype=torch.float32, precision=torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_each_neighbour_may_be_the_only_one_alike(backend: str, variant: str) -> None:
+    image = 1e-4 * (torch.rand(1, 1, 30, 40) > 0.5).float()  # where eq. 8 has exponents of -10,000
+    expected = reference.pamr_affinity(exact(image), [1], variant)
+    actual = pamr_affinity(image, [1], variant, backend)
+    assert_close(actual, expected, dtype=torch.float32, precision=torch.float32)
+
+
 @pytest.mark.parametrize("variant", ["pamr", "paper"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
