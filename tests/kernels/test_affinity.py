@@ -87,15 +87,17 @@ def test_one_pixel_unlike_many_weighs_nothing(backend: str, variant: str) -> Non
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-37)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("power", [1, 2])  # float32, float64
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_neighbours_that_equal_each_other_but_not_the_pixel(backend: str, variant: str) -> None:
+def test_neighbours_that_equal_each_other_but_not_the_pixel(
+    backend: str, power: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Their variance is 0, and what rounding leaves of it may be negative.
-    image = torch.zeros(1, 2, 23, 30)
-    image[..., 4::7, 4::7] = torch.rand(1, 2, 3, 4)
-    expected = reference.pamr_affinity(exact(image), [1, 2, 3], variant)
-    actual = pamr_affinity(image, [1, 2, 3], variant, backend)
-    assert_close(actual, expected, dtype=torch.float32, precision=torch.float32)
+    monkeypatch.setitem(VARIANTS, "mine", Variant(1.0, power=power, with_centre=False))
+    image = torch.zeros(1, 1, 11, 1111)
+    image[..., 5, 5::11] = torch.linspace(0, 1, 101)
+    affinity = pamr_affinity(image, [1, 3, 5], "mine", backend)
+    torch.testing.assert_close(affinity[..., 5, 5::11], torch.full((1, 24, 101), 1 / 24))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
