@@ -52,7 +52,7 @@ def test_memory_is_flat(layer: str) -> None:
     before, tensors_before = resident_mib(), tensors()
     for _ in range(500):
         step()
-    assert tensors() == tensors_before
+    assert tensors() <= tensors_before  # fewer when what an earlier test left goes meanwhile
     # One map of 64 KiB kept a step would be 31 MiB.
     assert resident_mib() - before < 8
 
