@@ -12,8 +12,10 @@ from .variants import VARIANTS, position_affinity
 
 # The narrowest map that refine.cpp reads without a look at the width.
 MIN_WIDTH = 32
-# Channels are propagated in chunks of this size: the extra memory, and what the last-level cache should hold.
-CHUNK_BYTES = 24 * 2**20
+# Weights up to this size stay in the last-level cache from one iteration to the next, beside small chunks of channels.
+# Larger ones come from memory every time, and as many channels should share them as the extra memory may hold.
+CACHED_WEIGHTS_BYTES = 24 * 2**20
+CHUNK_BYTES, CHUNK_BYTES_FROM_MEMORY = 4 * 2**20, 24 * 2**20
 
 
 def empty_affinity(batch: int, neighbours: int, height: int, width: int) -> Tensor:
@@ -46,7 +48,8 @@ def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter
     compute = getattr(cpp_library.load(), f"propagate_{real}")
     result = torch.empty_like(mask, memory_format=torch.contiguous_format)
     rows = affinity.transpose(1, 2).to(dtype).contiguous()  # no copy of what `affinity` above has made
-    chunks = min(channels, -(-channels * height * width * dtype.itemsize // CHUNK_BYTES))
+    chunk_bytes = CHUNK_BYTES if rows[0].nbytes <= CACHED_WEIGHTS_BYTES else CHUNK_BYTES_FROM_MEMORY
+    chunks = min(channels, -(-channels * height * width * dtype.itemsize // chunk_bytes))
     for image_mask, weights, image_result in zip(mask, rows, result, strict=True):
         for chunk, refined in zip(image_mask.chunk(chunks), image_result.chunk(chunks), strict=True):
             padded, size = _padded(chunk, reach, dtype)

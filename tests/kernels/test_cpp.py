@@ -51,7 +51,8 @@ def test_propagation_of_every_width(
 
 
 @needs_compiler
-def test_propagates_in_chunks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cached", [True, False])
+def test_propagates_in_chunks_of_channels(cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     mask, affinity = torch.rand(2, 21, 6, 7), pamr_affinity(torch.rand(2, 3, 6, 7), [1, 2])
     at_once = pamr_propagate(mask, affinity, [1, 2], 3, "cpp")
     padded, chunks = cpp_refine._padded, []
@@ -61,7 +62,8 @@ def test_propagates_in_chunks_of_channels(monkeypatch: pytest.MonkeyPatch) -> No
         return padded(maps, *arguments)
 
     monkeypatch.setattr(cpp_refine, "_padded", recorded)
-    monkeypatch.setattr(cpp_refine, "CHUNK_BYTES", 6 * 7 * 4 * 8)  # 8 channels
+    monkeypatch.setattr(cpp_refine, "CACHED_WEIGHTS_BYTES", 16 * 6 * 7 * 4 - 1 + cached)
+    monkeypatch.setattr(cpp_refine, "CHUNK_BYTES" if cached else "CHUNK_BYTES_FROM_MEMORY", 6 * 7 * 4 * 8)  # 8 channels
     assert torch.equal(pamr_propagate(mask, affinity, [1, 2], 3, "cpp"), at_once)
     assert chunks == [7] * 6
 
