@@ -54,7 +54,9 @@ def load() -> ctypes.CDLL | None:
         library = _load_or_compile(command)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
-        warnings.warn(f"PyTorch refines masks on the CPU, slower: no C++ library by {command}: {reason}", stacklevel=2)
+        warnings.warn(
+            f"PAMR and PAR fall back to slower PyTorch on CPUs: {shlex.join(command)}: {reason}", stacklevel=2
+        )
         return None
     for real in ("float", "double"):
         affinity, propagate = getattr(library, f"affinity_{real}"), getattr(library, f"propagate_{real}")
@@ -77,9 +79,8 @@ def _load_or_compile(command: list[str]) -> ctypes.CDLL:
         library = ctypes.CDLL(str(compiled))
         with suppress(OSError):  # where nothing can be kept, the next process compiles again
             kept.parent.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_name(f"{kept.name}.{os.getpid()}")
-            shutil.copyfile(compiled, partial)
-            partial.replace(kept)
+            with tempfile.TemporaryDirectory(dir=kept.parent) as beside:  # from where it appears at once and whole
+                shutil.copyfile(compiled, Path(beside, kept.name)).replace(kept)
     return library
 
 
