@@ -7,7 +7,7 @@ Triton kernels on NVIDIA and AMD GPUs, C++ on CPUs, plain PyTorch on every devic
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,9 +26,10 @@ from wsseg_layers._checks import (
 from . import cpp_library, cpp_refine, torch_affinity, torch_propagate
 from .variants import VARIANTS
 
-__all__ = ["BACKENDS", "VARIANTS", "pamr_affinity", "pamr_propagate"]
+__all__ = ["BACKENDS", "VARIANTS", "Backend", "pamr_affinity", "pamr_propagate"]
 
-BACKENDS = ("auto", "triton", "cpp", "torch")
+Backend = Literal["auto", "triton", "cpp", "torch"]
+BACKENDS = get_args(Backend)
 
 _TRITON_INSTALLED = find_spec("triton") is not None
 _TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

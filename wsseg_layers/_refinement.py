@@ -15,17 +15,17 @@ from ._checks import (
     check_same_batch,
     check_same_device,
 )
+from .kernels import BACKENDS
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 Resize = Literal["mask", "image", "none"]
-Backend = Literal["auto", "triton", "cpp", "torch"]
 
 
 def check_settings(num_iter: int, dilations: Sequence[int], resize: str, backend: str) -> tuple[int, ...]:
     """Check what both layers are set up with; return the dilations as a tuple."""
     check_count("num_iter", num_iter, minimum=0)
     check_choice("resize", resize, get_args(Resize))
-    check_choice("backend", backend, get_args(Backend))
+    check_choice("backend", backend, BACKENDS)
     return check_dilations(dilations)
 
 

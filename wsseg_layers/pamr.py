@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ._checks import check_choice
-from ._refinement import DILATIONS, Backend, Resize, StatelessRefinement, check_settings, match_sizes
-from .kernels import VARIANTS, pamr_affinity, pamr_propagate
+from ._refinement import DILATIONS, Resize, StatelessRefinement, check_settings, match_sizes
+from .kernels import VARIANTS, Backend, pamr_affinity, pamr_propagate
 
 # This layer's names of the forms -> the operators'.
 AFFINITIES = {"released": "pamr"} | {name: name for name in VARIANTS if name != "pamr"}

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ._checks import check_flag, check_maps, check_pixels
-from ._refinement import DILATIONS, Backend, Resize, StatelessRefinement, check_settings, match_sizes
-from .kernels import pamr_affinity, pamr_propagate
+from ._refinement import DILATIONS, Resize, StatelessRefinement, check_settings, match_sizes
+from .kernels import Backend, pamr_affinity, pamr_propagate
 
 POSITION_WEIGHT = 0.01  # w2: the position's share, by which the rows of the published affinity exceed 1
 
