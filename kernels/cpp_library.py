@@ -17,6 +17,8 @@ import torch
 
 SOURCE = Path(__file__).with_name("refine.cpp")
 OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp")
+# What refine.cpp computes in, and how its functions are called for it.
+REALS = {torch.float32: "float", torch.float64: "double"}
 # Of processors that PyTorch found to have them, so that a kept library never meets one that has not.
 INSTRUCTIONS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f")}
 
@@ -58,7 +60,7 @@ def load() -> ctypes.CDLL | None:
             f"PAMR and PAR fall back to slower PyTorch on CPUs: {shlex.join(command)}: {reason}", stacklevel=2
         )
         return None
-    for real in ("float", "double"):
+    for real in REALS.values():
         affinity, propagate = getattr(library, f"affinity_{real}"), getattr(library, f"propagate_{real}")
         size, neighbours = ctypes.POINTER(Map), ctypes.POINTER(Neighbours)
         pointer, number = ctypes.c_void_p, ctypes.c_int64

@@ -33,8 +33,8 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: str, out: Tensor)
     parameters = cpp_library.Form(
         form.guard, form.weight, form.samples(len(dilations)), form.sigma_power, form.power, position
     )
-    real, dtype = ("double", torch.float64) if form.in_double else ("float", torch.float32)
-    compute = getattr(cpp_library.load(), f"affinity_{real}")
+    dtype = torch.float64 if form.in_double else torch.float32
+    compute = getattr(cpp_library.load(), f"affinity_{cpp_library.REALS[dtype]}")
     for one, weights in zip(image, out, strict=True):
         padded, size = _padded(one, reach, dtype)
         compute(padded.data_ptr(), weights.data_ptr(), size, neighbours, parameters, torch.get_num_threads())
@@ -44,8 +44,8 @@ def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter
     """Return the mask [B, C, H, W] after `num_iter` weighted sums over the neighbours: contiguous, in its own dtype."""
     _, channels, height, width = mask.shape
     reach, neighbours = _neighbours(dilations, width)
-    real, dtype = ("double", torch.float64) if mask.dtype == torch.float64 else ("float", torch.float32)
-    compute = getattr(cpp_library.load(), f"propagate_{real}")
+    dtype = torch.promote_types(mask.dtype, torch.float32)
+    compute = getattr(cpp_library.load(), f"propagate_{cpp_library.REALS[dtype]}")
     result = torch.empty_like(mask, memory_format=torch.contiguous_format)
     rows = affinity.transpose(1, 2).to(dtype).contiguous()  # no copy of what `affinity` above has made
     chunk_bytes = CHUNK_BYTES if rows[0].nbytes <= CACHED_WEIGHTS_BYTES else CHUNK_BYTES_FROM_MEMORY
