@@ -97,6 +97,12 @@ class Bench:
             self.rows.append(row)
             self.say(f"{title:24} {size:22} {name:28} {row.median * 1e3:10.3f} ms")
 
+    def note(self, text: str) -> None:
+        """Note and say what was measured; a smoke run's figures mean nothing."""
+        if self.mode != "smoke":
+            self.notes.append(text)
+            self.say(text)
+
     def append_time(self, seconds: list[float], function: Function) -> None:
         """Time one call and append its seconds."""
         seconds.append(self.time(function))

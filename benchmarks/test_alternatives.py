@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.alternatives import interleaved_rows, shifted_views, sparse_matrix
-from benchmarks.measure import Bench, Function, compiler
+from benchmarks.measure import Bench, compiler
 from wsseg_layers.kernels import pamr_affinity, pamr_propagate
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -25,9 +25,9 @@ def test_propagation(bench: Bench, classes: int) -> None:
     ways = {"shifted views": shifted_views, "sparse matrix": sparse_matrix}
     if bench.mode == "full" and compiler():
         ways["interleaved rows, compiled"] = interleaved_rows
-    competitors: dict[str, Function] = {
-        "ours": lambda: pamr_propagate(mask, affinity, DILATIONS, num_iter),
-        "ours, backend='torch'": lambda: pamr_propagate(mask, gathered, DILATIONS, num_iter, backend="torch"),
+    competitors = {
+        "ours": partial(pamr_propagate, mask, affinity, DILATIONS, num_iter),
+        "ours, backend='torch'": partial(pamr_propagate, mask, gathered, DILATIONS, num_iter, backend="torch"),
         **{name: partial(way, mask, gathered, DILATIONS, num_iter) for name, way in ways.items()},
     }
     bench.compare("propagation alone", "x".join(map(str, mask.shape)), competitors)

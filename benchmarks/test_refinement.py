@@ -81,13 +81,11 @@ def test_peak_memory(bench: Bench) -> None:
     ours = peak_memory(f"pamr(image, mask, 1, {DILATIONS})", shape)
     # The eager formulation's stack of 150 channels takes more memory than most machines have: 10 channels, times 15.
     peer = 15 * peak_memory(f"eager.pamr(image, mask, {DILATIONS}, 1)", (1, 10, *shape[2:]))
-    if bench.mode != "smoke":
-        size = "x".join(map(str, shape))
-        bench.notes.append(
-            f"Peak memory of PAMR at {size}, in a process of its own: ours {ours:.0f} MiB, eager {peer:.0f} MiB"
-            f" (15 times that of 10 classes), 1/{peer / ours:.0f}."
-        )
-        bench.say(bench.notes[-1])
+    size = "x".join(map(str, shape))
+    bench.note(
+        f"Peak memory of PAMR at {size}, in a process of its own: ours {ours:.0f} MiB, eager {peer:.0f} MiB"
+        f" (15 times that of 10 classes), 1/{peer / ours:.0f}."
+    )
     assert ours < peer / (20 if bench.mode == "full" else 2)
 
 
@@ -120,10 +118,8 @@ print(time.perf_counter() - started)
     compiling, loading = (
         float(subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)) for _ in range(2)
     )
-    if bench.mode != "smoke":
-        bench.notes.append(
-            f"First use of PAMR and PAR on a CPU: {compiling:.2f} s to compile the C++;"
-            f" {1e3 * loading:.1f} ms to load it in every later process."
-        )
-        bench.say(bench.notes[-1])
+    bench.note(
+        f"First use of PAMR and PAR on a CPU: {compiling:.2f} s to compile the C++;"
+        f" {1e3 * loading:.1f} ms to load it in every later process."
+    )
     assert len(list((tmp_path / "wsseg_layers").iterdir())) == 1
