@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,6 +15,12 @@ def neighbour_offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
 def within(dilations: Sequence[int], height: int, width: int) -> list[int]:
     """Shorten dilations to the map's longer side: a neighbour beyond the border is the border, however far."""
     return [min(d, max(height, width)) for d in dilations]
+
+
+def keep_first(x: Tensor, counts: Tensor) -> Tensor:
+    """Return [B, C, H, W] with zeros from channel `counts[b]` of image b on, without waiting for the device."""
+    channel = torch.arange(x.shape[1], device=x.device)
+    return x.masked_fill((channel >= counts[:, None])[:, :, None, None], 0)
 
 
 def pad(x: Tensor, reach: int) -> Tensor:

@@ -27,10 +27,27 @@ class Backend(Protocol):
     def affinity(self, image: Tensor, dilations: Sequence[int], variant: Variant, out: Tensor) -> None:
         """Fill `out`, from `empty_affinity`, with the affinity of an image [B, K, H, W] (eq. 8)."""
 
-    def propagate(self, mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
-        """Return the masks [B, C, H, W] after `num_iter` iterations of eq. 7, contiguous, in the dtype of `mask`."""
+    def propagate(
+        self,
+        mask: Tensor,
+        affinity: Tensor,
+        dilations: Sequence[int],
+        num_iter: int,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """Return the masks [B, C, H, W] after `num_iter` iterations of eq. 7, contiguous, in the dtype of `mask`.
 
-    def propagate_transposed(self, grad: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
+        With `counts` [B], only the first counts[b] channels of image b are propagated; the others are 0.
+        """
+
+    def propagate_transposed(
+        self,
+        grad: Tensor,
+        affinity: Tensor,
+        dilations: Sequence[int],
+        num_iter: int,
+        counts: Tensor | None = None,
+    ) -> Tensor:
         """Return the transpose of `propagate`, applied to `grad` [B, C, H, W]: the gradient of the masks."""
 
 

@@ -1,11 +1,11 @@
 """Propagation and its transpose in plain PyTorch. No [B, C, N, H, W] tensor is ever built."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ...neighbourhood import fold, neighbour_offsets, pad, shifted_views, within
+from ...neighbourhood import fold, keep_first, neighbour_offsets, pad, shifted_views, within
 
 # With fewer channels, a pixel's neighbours are cheaper as shifted views than as gathered rows (docs/kernels.md).
 GATHER_MIN_CHANNELS = 4
@@ -15,11 +15,33 @@ GATHER_TABLE_BYTES = 24 * 2**20
 GATHER_INDEX_BYTES = 2 * 2**20
 
 
-def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
-    """Return the mask [B, C, H, W] after `num_iter` weighted sums over the neighbours: contiguous, in its own dtype."""
+def propagate(
+    mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, counts: Tensor | None = None
+) -> Tensor:
+    """Return the masks [B, C, H, W] after `num_iter` iterations of eq. 7, contiguous, in their own dtype."""
+    if counts is not None:
+        return _ragged(propagate, mask, affinity, dilations, num_iter, counts)
     if mask.device.type == "cpu" and mask.dtype != torch.float64 and mask.shape[1] >= GATHER_MIN_CHANNELS:
         return _propagate_gathered(mask, affinity, dilations, num_iter)
     return _propagate_shifted(mask, affinity, dilations, num_iter)
+
+
+def _ragged(
+    function: Callable[[Tensor, Tensor, Sequence[int], int], Tensor],
+    x: Tensor,
+    affinity: Tensor,
+    dilations: Sequence[int],
+    num_iter: int,
+    counts: Tensor,
+) -> Tensor:
+    """Apply `function` to the first counts[b] channels of every image, and set the others to 0."""
+    if x.device.type != "cpu":  # all channels: reading the counts would wait for the device
+        return keep_first(function(x, affinity, dilations, num_iter), counts)
+    result = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    for b, count in enumerate(counts.tolist()):
+        if count > 0:
+            result[b, :count] = function(x[b : b + 1, :count], affinity[b : b + 1], dilations, num_iter)[0]
+    return result
 
 
 def _propagate_gathered(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
@@ -82,8 +104,12 @@ def _propagate_shifted(mask: Tensor, affinity: Tensor, dilations: Sequence[int],
     return current.to(mask.dtype)
 
 
-def propagate_transposed(grad: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
-    """Return the transposed propagation of [B, C, H, W]: what turns a gradient of the result into the mask's."""
+def propagate_transposed(
+    grad: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, counts: Tensor | None = None
+) -> Tensor:
+    """Return the transpose of `propagate`, applied to `grad` [B, C, H, W]."""
+    if counts is not None:
+        return _ragged(propagate_transposed, grad, affinity, dilations, num_iter, counts)
     current, weights = _accumulators(grad, affinity)
     batch, channels, height, width = grad.shape
     dilations = within(dilations, height, width)
