@@ -1,7 +1,7 @@
 """The two operators, `pamr_affinity` and `pamr_propagate`: checks, registration with PyTorch and gradients."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +19,9 @@ from wsseg_layers._checks import (
     check_same_device,
 )
 
-from .backends import BACKENDS, find_backend
+from .backends import BACKENDS, BackendName, find_backend, find_decomposition
 from .neighbourhood import keep_first
 from .variants import VARIANTS, Variant, VariantName
-
-BackendName = Literal["auto", "triton", "cpp", "eager"]
 
 
 def pamr_affinity(
@@ -53,8 +51,7 @@ def pamr_affinity(
         dilations: positive integers. A dilation may be larger than the image.
         variant: "pamr", "paper", "par", another key of `wsseg_layers.kernels.VARIANTS`, or a `Variant` with your own
             numbers.
-        backend: "triton" (CUDA and ROCm), "cpp" (CPUs), "eager" (PyTorch, everywhere), or "auto": the first of them
-            that is usable; see `wsseg_layers.kernels.available_backends`.
+        backend: "auto" for the first usable backend, or the name of one; see `available_backends`.
 
     Returns:
         Affinity, [B, N, H, W], N = 8 x number of dilations, float32 also under autocast. It sums to 1 over N, or to
@@ -78,6 +75,9 @@ def pamr_affinity(
     dilations = check_dilations(dilations)
     numbers = check_variant(variant)
     check_backend(backend)
+    decomposition = find_decomposition(backend)
+    if decomposition is not None:
+        return decomposition.affinity(image.detach(), dilations, numbers)
     return torch.ops.wsseg_layers.pamr_affinity(image.detach(), dilations, *numbers, backend)
 
 
@@ -102,8 +102,7 @@ def pamr_propagate(
         affinity: weights, [B, N, H, W], as `pamr_affinity` returns them for the same dilations.
         dilations: positive integers.
         num_iter: number of iterations; 0 copies the masks.
-        backend: "triton" (CUDA and ROCm), "cpp" (CPUs), "eager" (PyTorch, everywhere), or "auto": the first of them
-            that is usable.
+        backend: "auto" for the first usable backend, or the name of one; see `available_backends`.
         counts: int64, [B], on the device of `mask`: image b has only `counts[b]` channels, the first ones. The others
             cost no iterations, and are 0 in the result. Each count is in 0 to C; on a CPU this is checked, elsewhere
             not, because that would wait for the device. Default: all channels of all images.
@@ -150,6 +149,9 @@ def pamr_propagate(
     if mask.shape[0] != affinity.shape[0]:  # [B * V, C, H, W] -> [B, V * C, H, W]: views are channels
         joined = mask.reshape(affinity.shape[0], -1, *mask.shape[2:])
         return pamr_propagate(joined, affinity, dilations, num_iter, backend).view(mask.shape)
+    decomposition = find_decomposition(backend)
+    if decomposition is not None:
+        return decomposition.propagate(mask, affinity, dilations, num_iter, counts)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.ops.wsseg_layers.pamr_propagate(mask, affinity, dilations, num_iter, backend, counts)
     return _Propagate.apply(mask, affinity, counts, dilations, num_iter, backend, False)

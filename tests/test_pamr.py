@@ -327,7 +327,9 @@ def test_exception() -> None:
         pamr(image, mask.long())
     with pytest.raises(TypeError, match=r"image must be a floating-point tensor, got torch\.uint8"):
         pamr((255 * image).byte(), mask)
-    with pytest.raises(ValueError, match=r"mask must have the same batch size as image, or a multiple .*mask \[1, .*image \[2, "):
+    with pytest.raises(
+        ValueError, match=r"mask must have the same batch size as image, or a multiple .*mask \[1, .*image \[2, "
+    ):
         pamr(image, mask[:1])
     with pytest.raises(ValueError, match="image and mask must be on one device, got image on cpu, mask on meta"):
         pamr(image, mask.to("meta"))

@@ -6,13 +6,17 @@ A backend is anything with the functions of `Backend`. To add one, add its folde
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from types import ModuleType
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..variants import Variant
 from . import cpp, eager, triton
+from .eager import decomposition
+
+BackendName = Literal["auto", "triton", "cpp", "eager"]
 
 
 class Backend(Protocol):
@@ -101,6 +105,19 @@ def find_backend(name: str, device: torch.device) -> Backend:
             return backend
         skipped.append(f"{candidate!r} {reason}")
     raise ValueError(f"backend='auto' finds no backend for device {str(device)!r}: {'; '.join(skipped)}")
+
+
+def find_decomposition(name: str) -> ModuleType | None:
+    """Return the functions that an exporter is to trace instead of the operators, or None where it takes these.
+
+    ONNX has no registered operators, and gets plain PyTorch operations. `torch.export` gets them on demand.
+    """
+    if name == "auto" and torch.onnx.is_in_onnx_export():
+        return decomposition
+    is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)  # since PyTorch 2.7
+    if name == "eager" and (is_exporting() or torch.onnx.is_in_onnx_export()):
+        return decomposition
+    return None
 
 
 @functools.cache
