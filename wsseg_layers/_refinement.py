@@ -68,12 +68,12 @@ class Packed(NamedTuple):
     Attributes:
         masks: [B, M, H, W], the chosen channels of every image first; all masks as they are if no classes are chosen.
         counts: int64 [B], the number of chosen channels per image, or None.
-        index: int64 [B, M], the channel of the masks that each packed channel comes from, or None.
+        channels: int64 [B, M], the channel of the masks that each packed channel comes from, or None.
     """
 
     masks: Tensor
     counts: Tensor | None
-    index: Tensor | None
+    channels: Tensor | None
 
 
 def pack_classes(named_mask: tuple[str, Tensor], classes: Tensor | None, image: Tensor, absent: Absent) -> Packed:
@@ -98,10 +98,10 @@ def pack_classes(named_mask: tuple[str, Tensor], classes: Tensor | None, image: 
 
 def unpack_classes(refined: Tensor, packed: Packed, mask: Tensor, classes: Tensor | None, absent: Absent) -> Tensor:
     """Return refined masks [B * V, C, H, W] from packed ones [B, M, H, W]; other channels are 0 or those of `mask`."""
-    if packed.index is None or classes is None:
+    if packed.channels is None or classes is None:
         return refined
-    size, channels = refined.shape[2:], classes.numel() // max(1, refined.shape[0])
-    result = refined.new_zeros(refined.shape[0], channels, *size).scatter(1, spread(packed.index, size), refined)
+    size, total = refined.shape[2:], classes.numel() // max(1, refined.shape[0])
+    result = refined.new_zeros(refined.shape[0], total, *size).scatter(1, spread(packed.channels, size), refined)
     result = result.reshape(*mask.shape[:2], *size)  # [B, V * C, H, W] -> [B * V, C, H, W]
     if absent == "keep":
         return torch.where(classes[:, :, None, None], result, resize_to(mask, size))
