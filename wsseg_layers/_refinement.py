@@ -22,6 +22,7 @@ from .kernels.operators import check_backend
 DILATIONS = (1, 2, 4, 8, 12, 24)
 Resize = Literal["mask", "image", "none"]
 Absent = Literal["zero", "keep"]
+RESIZES, ABSENTS = get_args(Resize), get_args(Absent)  # not in the functions: old torch.compile cannot trace get_args
 
 
 def check_settings(
@@ -29,7 +30,7 @@ def check_settings(
 ) -> tuple[int, ...]:
     """Check the arguments that both modules are constructed with; return the dilations as a tuple."""
     check_count("num_iter", num_iter, minimum=0)
-    check_choice("resize", resize, get_args(Resize))
+    check_choice("resize", resize, RESIZES)
     check_backend(backend)
     check_affinity_dtype(affinity_dtype)
     return check_dilations(dilations)
@@ -47,7 +48,7 @@ def match_image(named_image: tuple[str, Tensor], named_mask: tuple[str, Tensor],
     Returns:
         The image; resized to the masks if `resize` is "image".
     """
-    check_choice("resize", resize, get_args(Resize))
+    check_choice("resize", resize, RESIZES)
     for name, maps in (named_image, named_mask):
         check_maps(name, maps)
         check_pixels(name, maps)
@@ -85,7 +86,7 @@ def pack_classes(named_mask: tuple[str, Tensor], classes: Tensor | None, image: 
         image: image, [B, K, H, W].
         absent: "zero" or "keep"; checked here, used by `unpack_classes`.
     """
-    check_choice("absent", absent, get_args(Absent))
+    check_choice("absent", absent, ABSENTS)
     _, mask = named_mask
     if classes is None:
         return Packed(resize_to(mask, image.shape[2:]), None, None)
