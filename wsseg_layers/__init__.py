@@ -12,6 +12,6 @@ from .par import PAR
 from .size_penalty import FocalSizePenalty
 from .stochastic_gate import StochasticGate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["GCI", "PAMR", "PAR", "FocalSizePenalty", "StochasticGate", "functional", "nGWPPool"]

@@ -30,8 +30,8 @@ def par(
     position, each a softmax over the neighbours, with :math:`w_1 = 0.3` and :math:`w_2 = 0.01`:
 
     .. math::
-        \mathrm{softmax}\left(-\Big(\frac{|I_i - I_n|}{w_1 \sigma_i}\Big)^2\right)
-        + w_2 \, \mathrm{softmax}\left(-\Big(\frac{|p_i - p_n|}{w_1 \sigma_p}\Big)^2\right)
+        \mathrm{softmax}\left(-\left(\frac{|I_i - I_n|}{w_1 \sigma_i}\right)^2\right)
+        + w_2 \, \mathrm{softmax}\left(-\left(\frac{|p_i - p_n|}{w_1 \sigma_p}\right)^2\right)
 
     The colour term is averaged over the image's channels before the softmax. sigma is the unbiased standard deviation
     over the neighbours, to which 1e-8 is added. The weights sum to 1 + w2, so that the masks grow by 1 % an iteration.
