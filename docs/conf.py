@@ -42,7 +42,7 @@ html_math_renderer = "mathml"
 html_static_path = ["_static", str(resources.files(ziamath.fonts) / "STIXTwoMath-Regular.ttf")]
 html_css_files = ["math.css"]
 
-_to_mathml = LatexToMathML()
+_to_mathml = LatexToMathML(annotation=True, fancy_error=False)
 
 
 def _visit_math(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
@@ -51,7 +51,7 @@ def _visit_math(translator: HTML5Translator, node: nodes.math | nodes.math_block
         display = isinstance(node, nodes.math_block)
         translator.body.append(_to_mathml.convert_with_local_state(node.astext(), displaystyle=display))
     except LatexError as error:
-        logging.getLogger(__name__).warning("formula %r: %s", node.astext(), error, location=node)
+        logging.getLogger(__name__).warning("formula %s: %s", node.astext(), error, location=node)
     raise nodes.SkipNode
 
 
