@@ -4,6 +4,12 @@ The layers of Araslanov and Roth, "Single-Stage Semantic Segmentation from Image
 refinement of Ru et al., CVPR 2022, that follows from them.
 """
 
+from pathlib import Path
+
+if not Path(__file__).with_name("kernels").is_dir():
+    # Sources without symlinks (git on Windows, an unpacked source distribution): the folder lies beside the package.
+    __path__.append(str(Path(__file__).parents[1]))
+
 from . import functional
 from .gci import GCI
 from .ngwp import nGWPPool
