@@ -15,7 +15,8 @@ from triton import language as tl
 from triton.backends.compiler import GPUTarget
 
 from tests.kernels.test_triton_compiled import CUOBJDUMP, DILATIONS, TARGETS, compile_for
-from wsseg_layers.kernels import VARIANTS, triton_affinity, triton_propagate
+from wsseg_layers.kernels import VARIANTS
+from wsseg_layers.kernels.backends.triton import affinities, propagation
 
 RESULT = Path(__file__).resolve().parent / "results/registers.md"
 PROPAGATIONS = [
@@ -48,8 +49,8 @@ def main() -> int:
 def affinity_usage(variant: str) -> list[str]:
     """Return what the affinity's kernel uses on every target."""
     sizes = ["channels", "height", "width"]
-    kernel = triton_affinity.affinity_kernel
-    return [usage(kernel, "fp32", sizes, triton_affinity.launch_config(DILATIONS, variant), t) for t in TARGETS]
+    kernel = affinities.affinity_kernel
+    return [usage(kernel, "fp32", sizes, affinities.launch_config(DILATIONS, VARIANTS[variant]), t) for t in TARGETS]
 
 
 def propagation_usage(channels: int, dtype: str, transposed: bool) -> list[str]:
@@ -58,9 +59,9 @@ def propagation_usage(channels: int, dtype: str, transposed: bool) -> list[str]:
         "DILATIONS": DILATIONS,
         "DTYPE": tl.float32,
         **({"REACH": max(DILATIONS)} if transposed else {}),
-        **triton_propagate.launch_config(channels, itemsize=4 if dtype == "fp32" else 2),
+        **propagation.launch_config(channels, itemsize=4 if dtype == "fp32" else 2),
     }
-    kernel = triton_propagate.transposed_kernel if transposed else triton_propagate.propagate_kernel
+    kernel = propagation.transposed_kernel if transposed else propagation.propagate_kernel
     return [usage(kernel, dtype, ["height", "width"], dict(config), target) for target in TARGETS]
 
 

@@ -21,13 +21,13 @@ def test_propagation(bench: Bench, classes: int) -> None:
     mask = torch.rand(1, classes, side, side).softmax(dim=1)
     image = torch.rand(1, 3, side, side)
     # Each reads the weights as its own affinity lays them out.
-    affinity, gathered = (pamr_affinity(image, DILATIONS, backend=backend) for backend in ("auto", "torch"))
+    affinity, gathered = (pamr_affinity(image, DILATIONS, backend=backend) for backend in ("auto", "eager"))
     ways = {"shifted views": shifted_views, "sparse matrix": sparse_matrix}
     if bench.mode == "full" and compiler():
         ways["interleaved rows, compiled"] = interleaved_rows
     competitors = {
         "ours": partial(pamr_propagate, mask, affinity, DILATIONS, num_iter),
-        "ours, backend='torch'": partial(pamr_propagate, mask, gathered, DILATIONS, num_iter, backend="torch"),
+        "ours, backend='eager'": partial(pamr_propagate, mask, gathered, DILATIONS, num_iter, backend="eager"),
         **{name: partial(way, mask, gathered, DILATIONS, num_iter) for name, way in ways.items()},
     }
     bench.compare("propagation alone", "x".join(map(str, mask.shape)), competitors)

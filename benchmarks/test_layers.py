@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import eager
+from benchmarks import published
 from benchmarks.measure import Bench, forward_backward
 from wsseg_layers.functional import focal_size_penalty, global_cue_injection, ngwp_pool, stochastic_gate
 
@@ -14,10 +14,10 @@ Layer = Callable[..., Tensor]
 
 # (ours, the formula, channels of its inputs, whether its result is random)
 LAYERS: dict[str, tuple[Layer, Layer, tuple[int, ...], bool]] = {
-    "nGWP": (ngwp_pool, eager.ngwp, (20, 20), False),
-    "focal size penalty": (focal_size_penalty, eager.size_penalty, (20,), False),
-    "stochastic gate": (stochastic_gate, eager.stochastic_gate, (256, 256), True),
-    "GCI": (global_cue_injection, eager.gci, (256, 512), False),
+    "nGWP": (ngwp_pool, published.ngwp, (20, 20), False),
+    "focal size penalty": (focal_size_penalty, published.size_penalty, (20,), False),
+    "stochastic gate": (stochastic_gate, published.stochastic_gate, (256, 256), True),
+    "GCI": (global_cue_injection, published.gci, (256, 512), False),
 }
 
 

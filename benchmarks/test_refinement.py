@@ -1,4 +1,4 @@
-"""PAMR and PAR beside the eager formulation, and beside the best that `torch.compile` makes of it."""
+"""PAMR and PAR beside the published formulation, and beside the best that `torch.compile` makes of it."""
 
 import os
 import subprocess
@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import eager
+from benchmarks import published
 from benchmarks.measure import Bench
 from wsseg_layers.functional import pamr, par
-from wsseg_layers.kernels import cpp_library
+from wsseg_layers.kernels.backends.cpp import library
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 NUM_ITER = 10
@@ -38,18 +38,20 @@ def inputs(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor
 def test_refinement(bench: Bench, layer: str, case: str) -> None:
     shape = bench.size(smoke=SMOKE[case], quick=QUICK[case], full=FULL[case])
     image, mask = inputs(shape, bench.device)
-    ours, peer = (pamr, eager.pamr) if layer == "PAMR" else (par, eager.par)
+    ours, peer = (pamr, published.pamr) if layer == "PAMR" else (par, published.par)
     competitors = {
         "ours": lambda: ours(image, mask, num_iter=NUM_ITER, dilations=DILATIONS),
-        "ours, backend='torch'": lambda: ours(image, mask, num_iter=NUM_ITER, dilations=DILATIONS, backend="torch"),
-        "eager": lambda: peer(image, mask, DILATIONS, NUM_ITER),
+        "ours, backend='eager'": lambda: ours(image, mask, num_iter=NUM_ITER, dilations=DILATIONS, backend="eager"),
+        "published": lambda: peer(image, mask, DILATIONS, NUM_ITER),
     }
     if layer == "PAMR":
-        compiled = bench.compiled({"eager, compiled": eager.pamr, "shifted views, compiled": eager.shifted_pamr})
+        compiled = bench.compiled(
+            {"published, compiled": published.pamr, "shifted views, compiled": published.shifted_pamr}
+        )
         competitors |= {
             name: partial(function, image, mask, DILATIONS, NUM_ITER) for name, function in compiled.items()
         }
-    # PAR's exponents reach thousands, of which float32 leaves two or three digits in the eager form.
+    # PAR's exponents reach thousands, of which float32 leaves two or three digits in the published form.
     bench.compare(layer, "x".join(map(str, shape)), competitors, tolerance=1e-4 if layer == "PAMR" else 2e-2)
 
 
@@ -71,7 +73,7 @@ def test_cost_over_size(bench: Bench, axis: str) -> None:
         settings = {"num_iter": values["iterations"], "dilations": dilations}
         competitors = {"ours": partial(pamr, image, mask, **settings)}
         if mask.numel() * len(dilations) * values["iterations"] <= 2.1e7:  # a second or two
-            competitors["eager"] = partial(eager.pamr, image, mask, **settings)
+            competitors["published"] = partial(published.pamr, image, mask, **settings)
         bench.compare(f"PAMR over {axis}", f"{axis} = {step}", competitors, **{axis: float(step)})
 
 
@@ -79,11 +81,11 @@ def test_cost_over_size(bench: Bench, axis: str) -> None:
 def test_peak_memory(bench: Bench) -> None:
     shape = bench.size(smoke=(1, 150, 64, 96), quick=(1, 150, 128, 128), full=(1, 150, 512, 683))
     ours = peak_memory(f"pamr(image, mask, 1, {DILATIONS})", shape)
-    # The eager formulation's stack of 150 channels takes more memory than most machines have: 10 channels, times 15.
-    peer = 15 * peak_memory(f"eager.pamr(image, mask, {DILATIONS}, 1)", (1, 10, *shape[2:]))
+    # The published formulation's stack of 150 channels is larger than most memories: 10 channels are measured.
+    peer = 15 * peak_memory(f"published.pamr(image, mask, {DILATIONS}, 1)", (1, 10, *shape[2:]))
     size = "x".join(map(str, shape))
     bench.note(
-        f"Peak memory of PAMR at {size}, in a process of its own: ours {ours:.0f} MiB, eager {peer:.0f} MiB"
+        f"Peak memory of PAMR at {size}, in a process of its own: ours {ours:.0f} MiB, published {peer:.0f} MiB"
         f" (15 times that of 10 classes), 1/{peer / ours:.0f}."
     )
     assert ours < peer / (20 if bench.mode == "full" else 2)
@@ -94,7 +96,7 @@ def peak_memory(statement: str, shape: tuple[int, ...]) -> float:
     code = f"""
 import sys, torch
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from benchmarks import eager
+from benchmarks import published
 from benchmarks.measure import resident_memory
 from wsseg_layers.functional import pamr
 
@@ -104,14 +106,14 @@ print(resident_memory(lambda: {statement}))
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.skipif(cpp_library.load() is None, reason="no C++ compiler")
+@pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
 def test_first_use(bench: Bench, tmp_path: Path) -> None:
     code = """
 import time
-from wsseg_layers.kernels import cpp_library
+from wsseg_layers.kernels.backends.cpp import library
 
 started = time.perf_counter()
-cpp_library.load()
+library.load()
 print(time.perf_counter() - started)
 """
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}

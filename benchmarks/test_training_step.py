@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import eager
+from benchmarks import published
 from benchmarks.measure import Bench
 from wsseg_layers.functional import pamr
 
@@ -54,11 +54,11 @@ def test_training_step(bench: Bench) -> None:
         optimizer.step()
         return loss.detach()
 
-    def eager_pamr(small: Tensor, masks: Tensor) -> Tensor:
-        return eager.pamr(small, masks, DILATIONS, NUM_ITER)
+    def published_pamr(small: Tensor, masks: Tensor) -> Tensor:
+        return published.pamr(small, masks, DILATIONS, NUM_ITER)
 
     size = f"{batch}x3x{crop}x{crop}"
     ours: Refine = partial(pamr, num_iter=NUM_ITER, dilations=DILATIONS)
-    competitors = {"with our PAMR": partial(step, ours), "with eager PAMR": partial(step, eager_pamr)}
+    competitors = {"with our PAMR": partial(step, ours), "with the published PAMR": partial(step, published_pamr)}
     bench.compare("training step", size, competitors, tolerance=1e-2)
     bench.compare("training step", size, {"without PAMR": partial(step, None)})

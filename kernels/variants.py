@@ -1,55 +1,73 @@
-"""The forms of the affinity. To add one is to add it to this table: operators, both backends and PAMR read it."""
+"""The variants of the affinity. To add one, add it to `VARIANTS`, which operators, layers and backends read."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
+VariantName = Literal["pamr", "paper", "par"]
+
+GUARD = 1e-8  # of the published PAMR and PAR
+PAR_W1, PAR_W2 = 0.3, 0.01  # of the published PAR: the factor of sigma, and the factor of the position term
+
 
 class Variant(NamedTuple):
-    r"""An affinity of the family that PAMR and PAR belong to.
+    r"""An affinity of the family that PAMR and PAR belong to. The defaults are the published PAMR.
 
     .. math:: \alpha_{i,n} = \mathrm{softmax}_n \left( -\frac{1}{K} \sum_k \left(
         \frac{|I_{k,i} - I_{k,n}|}{\mathrm{guard} + \mathrm{weight} \cdot \sigma_{k,i}^{\mathrm{sigma\_power}}}
         \right)^{\mathrm{power}} \right) + \mathrm{position\_weight} \cdot \mathrm{position}_n
 
-    sigma is the unbiased standard deviation over the neighbours and, if `with_centre`, over the pixel itself, once for
-    every dilation. The position is a softmax of the same form over the neighbours' distances from the pixel.
+    sigma is the unbiased standard deviation over the neighbours and, with `with_centre`, over the pixel itself, counted
+    once per dilation. The position term is a softmax of the same form over the neighbours' distances from the pixel.
 
     Attributes:
-        weight: the larger, the flatter the weights.
-        sigma_power: 1 or 2. With 1, the affinity does not change when a channel of the image is scaled.
+        weight: factor of sigma, positive. The larger it is, the flatter the weights are.
+        sigma_power: 0, 1 or 2. With 0, differences are divided by the constant guard + weight. With 1, the affinity
+            does not change when a channel of the image is scaled.
         power: 1 or 2.
-        guard: keeps the division finite where the image is flat.
+        guard: keeps the division finite where the image is flat; at least 0.
         with_centre: whether sigma counts the pixel itself.
-        position_weight: share of the position term, by which the rows' sum exceeds 1.
+        position_weight: factor of the position term, at least 0. The weights of a pixel sum to 1 + position_weight.
+
+    Example:
+        >>> Variant(weight=0.2)  # the published PAMR with 0.2 instead of 0.1
+        Variant(weight=0.2, sigma_power=1, power=1, guard=1e-08, with_centre=True, position_weight=0.0)
     """
 
-    weight: float
+    weight: float = 0.1
     sigma_power: int = 1
     power: int = 1
-    guard: float = 1e-8
+    guard: float = GUARD
     with_centre: bool = True
     position_weight: float = 0.0
 
     @property
     def in_double(self) -> bool:
-        """Whether exponents grow beyond some tens (an outlier among equal neighbours), where float32 errs by units."""
-        return self.sigma_power == 2 or self.power == 2
+        """Whether exponents can exceed some tens (an outlier among equal neighbours), where float32 errs by units."""
+        return self.sigma_power != 1 or self.power == 2
 
     def samples(self, dilations: int) -> int:
-        """Return over how many values sigma is taken."""
+        """Return the number of values that sigma is taken over."""
         return (9 if self.with_centre else 8) * dilations
 
 
-VARIANTS = {
-    "pamr": Variant(weight=0.1),
+def par_variant(w1: float = PAR_W1, w2: float = PAR_W2, guard: float = GUARD) -> Variant:
+    """Return the published PAR: -(|I_i - I_n| / (sigma + guard) / w1)^2, and the position term with the factor w2."""
+    return Variant(weight=w1, power=2, guard=w1 * guard, with_centre=False, position_weight=w2)
+
+
+VARIANTS: dict[str, Variant] = {
+    # The published PAMR: -|I_i - I_n| / (1e-8 + 0.1 sigma).
+    "pamr": Variant(),
+    # Eq. 8 as printed: -|I_i - I_n| / sigma^2, with the guard of the published PAMR.
     "paper": Variant(weight=1.0, sigma_power=2),
-    "par": Variant(weight=0.3, power=2, guard=0.3e-8, with_centre=False, position_weight=0.01),
+    "par": par_variant(),
 }
 
 
-def position_affinity(offsets: list[tuple[int, int]], variant: Variant) -> torch.Tensor:
+def position_affinity(offsets: Sequence[tuple[int, int]], variant: Variant) -> torch.Tensor:
     """Return the position term of every neighbour, [N] in float64: it is the same for every pixel."""
     distance = torch.tensor([math.hypot(dy, dx) for dy, dx in offsets], dtype=torch.float64)
     scale = variant.guard + variant.weight * distance.std() ** variant.sigma_power

@@ -6,7 +6,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wsseg_layers.kernels import cpp_library
+from wsseg_layers.kernels import BackendName
+from wsseg_layers.kernels.backends.cpp import library
 
 # One table for all tests, relative and absolute: a few roundings of the dtype in which the result is returned.
 TOLERANCES = {
@@ -19,7 +20,7 @@ DTYPES = tuple(TOLERANCES)
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
 
 # Where no C++ compiler is, its tests say so in kernels/test_cpp.py.
-CPU_BACKENDS = ("cpp", "torch") if cpp_library.load() else ("torch",)
+CPU_BACKENDS: tuple[BackendName, ...] = ("cpp", "eager") if library.load() else ("eager",)
 
 backends = st.sampled_from(CPU_BACKENDS)
 dtypes = st.sampled_from(DTYPES)

@@ -158,7 +158,7 @@ def test_exception() -> None:
         (0, ValueError, "eps must be positive, got 0"),
         (-1.0, ValueError, "eps must be positive, got -1.0"),
         (float("nan"), ValueError, "eps must be finite, got nan"),
-        (10**400, ValueError, r"eps must be at most 3.4e\+38, where float32 ends, got 10000"),
+        (10**400, ValueError, r"eps must be at most 3.4e\+38, the largest float32, got 10000"),
         (1e-46, ValueError, "eps must be at least 1.18e-38, below which it is 0 in float32, got 1e-46"),
         ("1", TypeError, "eps must be a number, got str"),
         (True, TypeError, "eps must be a number, got bool"),

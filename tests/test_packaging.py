@@ -45,10 +45,12 @@ def test_holds_the_library_and_its_kernels_and_nothing_else(wheel: Path) -> None
     names = zipfile.ZipFile(wheel).namelist()
     shipped = {name for name in names if ".dist-info/" not in name}
     library = {f"wsseg_layers/{path.name}" for path in (ROOT / "wsseg_layers").glob("*.py")}
-    kernels = {f"wsseg_layers/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    kernels = {
+        f"wsseg_layers/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")
+    }
     assert library
     assert kernels
-    assert shipped == library | kernels | {"wsseg_layers/py.typed", "wsseg_layers/kernels/refine.cpp"}
+    assert shipped == library | kernels | {"wsseg_layers/py.typed", "wsseg_layers/kernels/backends/cpp/kernels.cpp"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -16,8 +16,17 @@ DILATIONS = (1, 2, 4, 8, 12, 24)
 LAYERS: dict[str, dict[str, Any]] = {
     "FocalSizePenalty": {"p": 3.0, "lam": 0.01},
     "GCI": {"in_channels": 256, "shallow_channels": None, "out_channels": None, "norm": "batch"},
-    "PAMR": {"num_iter": 10, "dilations": DILATIONS, "affinity": "released", "resize": "mask", "backend": "auto"},
-    "PAR": {"dilations": DILATIONS, "num_iter": 10, "renormalise": False, "resize": "mask", "backend": "auto"},
+    "PAMR": {"num_iter": 10, "dilations": DILATIONS, "variant": "pamr", "resize": "mask", "backend": "auto"},
+    "PAR": {
+        "dilations": DILATIONS,
+        "num_iter": 10,
+        "renormalise": False,
+        "resize": "mask",
+        "backend": "auto",
+        "w1": 0.3,
+        "w2": 0.01,
+        "guard": 1e-8,
+    },
     "StochasticGate": {"mixing_rate": 0.3, "mode": "stochastic"},
     "nGWPPool": {"eps": 1.0},
 }
@@ -62,7 +71,7 @@ def assert_accepts(function: Callable[..., Any], expected: dict[str, Any]) -> No
 
 def test_names() -> None:
     assert set(wsseg_layers.__all__) == {*LAYERS, "functional"}
-    assert set(functional.__all__) == set(FUNCTIONS)
+    assert set(functional.__all__) == {*FUNCTIONS, *OPERATORS}
     assert isinstance(wsseg_layers.__version__, str)
     for module in (wsseg_layers, functional):
         for name in module.__all__:

@@ -78,11 +78,41 @@ def test_vmap_is_a_loop(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["PAMR", "PAR"])
-def test_functional_gradients_of_refinements_are_refused(name: str) -> None:
-    # What torch.func.grad cannot take, it must not take for a constant.
-    function, x = FUNCTIONS[name]
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda mask: function(mask).sum())(x)
+def test_function_transforms_of_refinements(name: str) -> None:
+    function, x = FUNCTIONS[name][0], FUNCTIONS[name][1].double()
+
+    def cubes(masks: Tensor) -> Tensor:
+        return function(masks).pow(3).sum()
+
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(cubes(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(cubes)(x), gradient)
+    torch.testing.assert_close(torch.func.jvp(cubes, (x,), (x,))[1], (gradient * x).sum())
+    batched = torch.stack([x, 2 * x, x.flip(3)])
+    torch.testing.assert_close(torch.vmap(function)(batched), torch.stack([function(one) for one in batched]))
+    torch.testing.assert_close(torch.vmap(torch.func.grad(cubes))(batched)[0], gradient)
+
+
+@pytest.mark.parametrize("name", ["PAMR", "PAR"])
+def test_second_derivatives_of_refinements(name: str) -> None:
+    x = MAPS[:1, :1, :2, :3].double()
+    image = IMAGE[:1, :, :2, :3]
+    refine = {"PAMR": PAMR(2, [1, 2]), "PAR": PAR([1, 2], 2)}[name]
+
+    def cubes(masks: Tensor) -> Tensor:
+        return refine(image, masks).pow(3).sum()
+
+    rows = [refine(image, unit.view_as(x)).flatten() for unit in torch.eye(x.numel(), dtype=x.dtype)]
+    matrix = torch.stack(rows, dim=1)  # [HW, HW]: the refinement is linear
+    expected = matrix.T @ torch.diag(6 * refine(image, x).flatten()) @ matrix
+    torch.testing.assert_close(torch.func.hessian(cubes)(x).view_as(expected), expected)
+
+    direction = torch.rand_like(x)
+    leaf = x.clone().requires_grad_()
+    with forward_ad.dual_level():  # forward over reverse
+        (gradient,) = torch.autograd.grad(cubes(forward_ad.make_dual(leaf, direction)), leaf, create_graph=True)
+        tangent = forward_ad.unpack_dual(gradient).tangent
+    torch.testing.assert_close(tangent.flatten(), expected @ direction.flatten())
 
 
 @each_function
@@ -119,7 +149,7 @@ def test_meta_tensors_give_shape_and_dtype(name: str, dtype: torch.dtype, monkey
     [
         (PAMR(), "num_iter", -1, "num_iter must be at least 0, got -1"),
         (PAMR(), "dilations", [0], r"dilations\[0\] must be at least 1, got 0"),
-        (PAMR(), "affinity_form", "pamr", "affinity must be one of .*, got 'pamr'"),
+        (PAMR(), "variant", "eq8", "variant must be one of .*, got 'eq8'"),
         (PAMR(), "backend", "cuda", "backend must be one of .*, got 'cuda'"),
         (PAR(), "resize", "both", "resize must be one of .*, got 'both'"),
         (PAR(), "renormalise", "no", "renormalise must be True or False, got 'no'"),
@@ -137,8 +167,8 @@ def test_attributes_are_checked_when_they_are_used(module: nn.Module, attribute:
 
 def test_attributes_are_checked_when_only_an_affinity_is_computed() -> None:
     module = PAMR()
-    module.affinity_form = "pamr"
-    with pytest.raises(ValueError, match="affinity must be one of 'released', 'paper', 'par', got 'pamr'"):
+    module.variant = "eq8"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="variant must be one of 'pamr', 'paper', 'par', got 'eq8'"):
         module.affinity(IMAGE)
 
 

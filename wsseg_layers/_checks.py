@@ -1,4 +1,4 @@
-"""Checks at the library's boundary: every message names the argument, what it should be and what it was."""
+"""Checks of arguments. Every message names the argument, what is expected and what was given."""
 
 import math
 from collections.abc import Sequence
@@ -16,21 +16,28 @@ def check_real(name: str, value: float) -> None:
     """Refuse anything but a number that float32 can hold."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    # An integer may be too large to become a float; a half of NumPy's is compared as a float only.
+    # A large integer does not fit a float, and NumPy's float16 compares correctly only as a Python float.
     magnitude = abs(value if isinstance(value, Integral) else float(value))
     if not magnitude < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     if magnitude > FLOAT32.max:
-        raise ValueError(f"{name} must be at most {FLOAT32.max:.3g}, where float32 ends, got {value}")
+        raise ValueError(f"{name} must be at most {FLOAT32.max:.3g}, the largest float32, got {value}")
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse anything but a positive number that float32 does not take for 0."""
+    """Refuse anything but a positive number that is not 0 in float32."""
     check_real(name, value)
     if value <= 0:
         raise ValueError(f"{name} must be positive, got {value}")
     if value < FLOAT32.tiny:
         raise ValueError(f"{name} must be at least {FLOAT32.tiny:.3g}, below which it is 0 in float32, got {value}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Refuse anything but a number of at least 0."""
+    check_real(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 def check_flag(name: str, value: bool) -> None:
@@ -92,18 +99,22 @@ def check_pixels(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have at least one channel and one pixel, got shape {list(tensor.shape)}")
 
 
-def check_same_device(**tensors: Tensor) -> None:
-    """Refuse tensors on different devices."""
-    first, *others = tensors.values()
-    if any(tensor.device != first.device for tensor in others):
-        placed = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"{' and '.join(tensors)} must be on one device, got {placed}")
+def check_same_device(*named: tuple[str, Tensor]) -> None:
+    """Refuse tensors, given as pairs (name, tensor), that are not all on one device."""
+    (_, first), *others = named
+    if any(tensor.device != first.device for _, tensor in others):
+        placed = ", ".join(f"{name} on {tensor.device}" for name, tensor in named)
+        raise ValueError(f"{_names(named)} must be on one device, got {placed}")
 
 
-def check_same_batch(**tensors: Tensor) -> None:
-    """Refuse tensors of different batch sizes."""
-    first, *others = tensors.values()
-    # One by one: a set of sizes would make a compiler or torch.export fix a batch size that is to stay dynamic.
-    if any(tensor.shape[0] != first.shape[0] for tensor in others):
-        sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-        raise ValueError(f"{' and '.join(tensors)} must have the same batch size, got {sizes}")
+def check_same_batch(*named: tuple[str, Tensor]) -> None:
+    """Refuse tensors, given as pairs (name, tensor), of different batch sizes."""
+    (_, first), *others = named
+    # Compared one by one: a set of sizes would make torch.compile and torch.export fix a dynamic batch size.
+    if any(tensor.shape[0] != first.shape[0] for _, tensor in others):
+        sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in named)
+        raise ValueError(f"{_names(named)} must have the same batch size, got {sizes}")
+
+
+def _names(named: Sequence[tuple[str, Tensor]]) -> str:
+    return " and ".join(name for name, _ in named)

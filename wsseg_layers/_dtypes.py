@@ -1,4 +1,4 @@
-"""In which precision sums, logarithms and divisions are done, and in which they are returned."""
+"""The dtypes in which the layers compute and return their results."""
 
 from functools import reduce
 

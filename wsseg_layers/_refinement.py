@@ -15,37 +15,40 @@ from ._checks import (
     check_same_batch,
     check_same_device,
 )
-from .kernels import BACKENDS
+from .kernels.operators import check_backend
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 Resize = Literal["mask", "image", "none"]
 
 
 def check_settings(num_iter: int, dilations: Sequence[int], resize: str, backend: str) -> tuple[int, ...]:
-    """Check what both layers are set up with; return the dilations as a tuple."""
+    """Check the arguments that both modules are constructed with; return the dilations as a tuple."""
     check_count("num_iter", num_iter, minimum=0)
     check_choice("resize", resize, get_args(Resize))
-    check_choice("backend", backend, BACKENDS)
+    check_backend(backend)
     return check_dilations(dilations)
 
 
-def match_sizes(resize: Resize, **image_and_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Check an image [B, K, H, W] and masks [B, C, h, w], given under their callers' names, and make their sizes agree.
+def match_sizes(
+    named_image: tuple[str, Tensor], named_mask: tuple[str, Tensor], resize: Resize
+) -> tuple[Tensor, Tensor]:
+    """Resize image or masks where their sizes differ.
 
     Args:
-        resize: which of the two is resized: "mask", "image", or "none" where different sizes are an error.
-        **image_and_mask: the image, then the masks.
+        named_image: the caller's name of the image, and the image [B, K, H, W].
+        named_mask: the caller's name of the masks, and the masks [B, C, h, w].
+        resize: what is resized: "mask", "image", or "none" where different sizes are an error.
 
     Returns:
         Image and masks, of the same height and width.
     """
-    for name, tensor in image_and_mask.items():
-        check_maps(name, tensor)
-        check_pixels(name, tensor)
-    check_same_batch(**image_and_mask)
-    check_same_device(**image_and_mask)
-    image_name, mask_name = image_and_mask
-    image, mask = image_and_mask.values()
+    check_choice("resize", resize, get_args(Resize))
+    for name, maps in (named_image, named_mask):
+        check_maps(name, maps)
+        check_pixels(name, maps)
+    check_same_batch(named_image, named_mask)
+    check_same_device(named_image, named_mask)
+    (image_name, image), (mask_name, mask) = named_image, named_mask
     if image.shape[2:] == mask.shape[2:]:
         return image, mask
     if resize == "mask":
@@ -58,14 +61,28 @@ def match_sizes(resize: Resize, **image_and_mask: Tensor) -> tuple[Tensor, Tenso
     )
 
 
-def _resize_as(tensor: Tensor, other: Tensor) -> Tensor:
-    return F.interpolate(tensor, size=other.shape[2:], mode="bilinear", align_corners=True)
+def _resize_as(maps: Tensor, other: Tensor) -> Tensor:
+    return F.interpolate(maps, size=other.shape[2:], mode="bilinear", align_corners=True)
 
 
 class StatelessRefinement(nn.Module):
-    """A module without state that lets strict loading pass over the buffers of older implementations."""
+    """A module without state that accepts the checkpoints of the published classes.
+
+    Attributes:
+        old_buffers: buffers of the published class; strict loading of a state_dict ignores them.
+        old_attributes: attributes of the published class that have no meaning here; setting one raises an error.
+    """
 
     old_buffers: ClassVar[tuple[str, ...]]
+    old_attributes: ClassVar[tuple[str, ...]]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.old_attributes:
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r}: setting it would change nothing. Arguments of the"
+                " constructor are the attributes of the same names."
+            )
+        super().__setattr__(name, value)
 
     def _load_from_state_dict(
         self,

@@ -12,8 +12,8 @@ from ._checks import (
     check_choice,
     check_count,
     check_maps,
+    check_not_negative,
     check_pixels,
-    check_real,
     check_same_batch,
     check_same_device,
 )
@@ -52,14 +52,12 @@ def global_cue_injection(shallow: Tensor, cues: Tensor, eps: float = 1e-5) -> Te
         >>> global_cue_injection(shallow, cues).shape
         torch.Size([2, 8, 12, 12])
     """
-    for name, maps in {"shallow": shallow, "cues": cues}.items():
+    for name, maps in (("shallow", shallow), ("cues", cues)):
         check_maps(name, maps)
         check_pixels(name, maps)
-    check_real("eps", eps)
-    if eps < 0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
-    check_same_batch(shallow=shallow, cues=cues)
-    check_same_device(shallow=shallow, cues=cues)
+    check_not_negative("eps", eps)
+    check_same_batch(("shallow", shallow), ("cues", cues))
+    check_same_device(("shallow", shallow), ("cues", cues))
     if cues.shape[1] != 2 * shallow.shape[1]:
         raise ValueError(
             f"cues must have twice the channels of shallow {list(shallow.shape)}, got shape {list(cues.shape)}"
@@ -156,7 +154,7 @@ class GCI(nn.Module):
         """
         self._check_features("shallow", shallow, self.shallow_channels)
         self._check_features("deep", deep, self.in_channels)
-        check_same_batch(shallow=shallow, deep=deep)
+        check_same_batch(("shallow", shallow), ("deep", deep))
         cues = self.deep(deep)
         features = self.shallow(shallow)
         if self.norm == "instance":
@@ -179,7 +177,7 @@ class GCI(nn.Module):
         weight = next(self.parameters(), None)
         if weight is None:  # a replica of nn.DataParallel
             return
-        check_same_device(**{name: features, "the module's weights": weight})
+        check_same_device((name, features), ("the module's weights", weight))
         if features.dtype != weight.dtype and not autocasts(features.device):
             raise TypeError(f"{name} must have the dtype of the module's weights, {weight.dtype}, got {features.dtype}")
 

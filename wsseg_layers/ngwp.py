@@ -48,7 +48,7 @@ def ngwp_pool(scores: Tensor, masks: Tensor, eps: float = 1.0) -> Tensor:
         )
     if scores.shape != masks.shape:
         raise ValueError(f"masks must have the shape of scores {list(scores.shape)}, got {list(masks.shape)}")
-    check_same_device(scores=scores, masks=masks)
+    check_same_device(("scores", scores), ("masks", masks))
 
     dtype = working_dtype(scores, masks)
     weights = masks.to(dtype)

@@ -1,18 +1,16 @@
-"""Pixel-adaptive mask refinement: brings masks into agreement with the image's local appearance.
+"""Pixel-adaptive mask refinement (PAMR): aligns masks with the edges of the image.
 
 Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, section 3.3.
+https://arxiv.org/abs/2005.08104
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._checks import check_choice
 from ._refinement import DILATIONS, Resize, StatelessRefinement, check_settings, match_sizes
-from .kernels import VARIANTS, Backend, pamr_affinity, pamr_propagate
-
-# This layer's names of the forms -> the operators'.
-AFFINITIES = {"released": "pamr"} | {name: name for name in VARIANTS if name != "pamr"}
+from .kernels import BackendName, Variant, VariantName, pamr_affinity, pamr_propagate
+from .kernels.operators import check_variant
 
 
 def pamr(
@@ -20,35 +18,38 @@ def pamr(
     mask: Tensor,
     num_iter: int = 10,
     dilations: Sequence[int] = DILATIONS,
-    affinity: str = "released",
+    variant: VariantName | Variant = "pamr",
     resize: Resize = "mask",
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
 ) -> Tensor:
     r"""Replace every pixel of the masks by a weighted mean of its neighbours, `num_iter` times (eq. 7).
 
     .. math:: m^t_{:,i} = \sum_{n \in N(i)} \alpha_{i,n} \, m^{t-1}_{:,n}
 
-    A pixel's neighbours are the 8 at offsets {-d, 0, d} for every dilation d, the border replicated. The weights alpha
-    are a softmax over the neighbours of the kernel k, averaged over the image's channels,
+    A pixel has 8 neighbours per dilation d, at the offsets {-d, 0, d} x {-d, 0, d} without (0, 0); the border is
+    replicated. The weights alpha are the softmax over the neighbours of the kernel k (eq. 8), averaged over the
+    channels of the image:
 
     .. math:: k(I_i, I_n) = - \frac{|I_i - I_n|}{10^{-8} + 0.1 \, \sigma_i}
 
-    with the unbiased standard deviation sigma of the pixel (once for every dilation) and its neighbours. This is the
-    form in the authors' published code; `affinity="paper"` divides by sigma squared, as eq. 8 does. The released form
-    does not change when a channel of the image is scaled or shifted: the image needs no particular normalisation.
+    sigma is the unbiased standard deviation of the neighbours and of the pixel itself, which counts once per dilation.
+    This is the variant "pamr", the authors' published code. The variant "paper" divides by sigma squared, as eq. 8 is
+    printed. "pamr" does not change when a channel of the image is scaled or shifted, so the image needs no particular
+    normalisation.
 
-    Weights are computed in float32 and are constants: the result is differentiable with respect to the masks only. NaN
-    in the image or in the masks spreads to the pixels whose neighbourhood, over all iterations, holds it.
+    Weights are computed in float32 and are constants: the result is differentiable with respect to the masks only. A
+    NaN in the image or in the masks spreads to all pixels that it can reach within `num_iter` iterations.
 
     Args:
         image: image, [B, K, H, W], any number of channels.
         mask: masks, [B, C, h, w]. Each channel is refined by itself.
         num_iter: number of iterations, at least 0.
         dilations: positive integers. A dilation may be larger than the image.
-        affinity: "released" or "paper"; also "par", whose weights are those of `par`.
-        resize: what is resized (bilinearly, corners aligned) if the sizes differ: "mask" to the image's size, "image"
-            to the masks' size, or "none" to make it an error.
-        backend: "auto", "triton", "cpp" or "torch"; see `wsseg_layers.kernels.pamr_propagate`.
+        variant: "pamr", "paper", or "par" for the weights of `par`; or a `wsseg_layers.kernels.Variant` with your own
+            numbers, such as `Variant(weight=0.2)` for 0.2 instead of 0.1.
+        resize: what is resized (bilinearly, corners aligned) if the sizes differ: "mask" to the size of the image,
+            "image" to the size of the masks, or "none" to make it an error.
+        backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.pamr_propagate`.
 
     Returns:
         Refined masks, [B, C, H, W], or [B, C, h, w] with `resize="image"`, in the dtype of `mask`.
@@ -66,25 +67,23 @@ def pamr(
         >>> pamr(image, mask, num_iter=2, dilations=[1, 2, 4]).shape
         torch.Size([1, 21, 64, 48])
     """
-    dilations = check_settings(num_iter, dilations, resize, backend)
-    check_choice("affinity", affinity, tuple(AFFINITIES))
-    image, mask = match_sizes(resize, image=image, mask=mask)
-    weights = pamr_affinity(image, dilations, AFFINITIES[affinity], backend)
-    return pamr_propagate(mask, weights, dilations, num_iter, backend)
+    image, mask = match_sizes(("image", image), ("mask", mask), resize)
+    affinity = pamr_affinity(image, dilations, variant, backend)  # eq. 8
+    return pamr_propagate(mask, affinity, dilations, num_iter, backend)  # eq. 7
 
 
 class PAMR(StatelessRefinement):
     """Pixel-adaptive mask refinement: the module of `pamr` (eq. 7 and 8).
 
-    It has no parameters and no buffers. The buffers that older implementations saved (`aff_x.kernel`, `aff_m.kernel`,
+    It has no parameters and no buffers. The buffers that the published class saves (`aff_x.kernel`, `aff_m.kernel`,
     `aff_std.kernel`) are ignored when a state_dict is loaded.
 
     Args:
         num_iter: number of iterations; 10 in the paper.
         dilations: dilations of the 3x3 neighbourhoods.
-        affinity: "released" for the form of the authors' published code, "paper" for eq. 8 as printed; also "par".
-        resize: what is resized if the sizes differ: "mask" (to the image's size), "image" or "none".
-        backend: "auto", "triton", "cpp" or "torch"; see `wsseg_layers.kernels.pamr_propagate`.
+        variant: "pamr" for the authors' published code, "paper" for eq. 8 as printed; see `pamr` for others.
+        resize: what is resized if the sizes differ: "mask" (to the size of the image), "image" or "none".
+        backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.pamr_propagate`.
 
     Example:
         >>> import torch
@@ -101,31 +100,31 @@ class PAMR(StatelessRefinement):
     """
 
     old_buffers = ("aff_x.kernel", "aff_m.kernel", "aff_std.kernel")
+    old_attributes = ("aff_x", "aff_m", "aff_std")
 
     def __init__(
         self,
         num_iter: int = 10,
         dilations: Sequence[int] = DILATIONS,
-        affinity: str = "released",
+        variant: VariantName | Variant = "pamr",
         resize: Resize = "mask",
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
     ) -> None:
         super().__init__()
-        check_choice("affinity", affinity, tuple(AFFINITIES))
+        check_variant(variant)
         self.num_iter = num_iter
         self.dilations = check_settings(num_iter, dilations, resize, backend)
-        self.affinity_form = affinity
+        self.variant = variant
         self.resize: Resize = resize
-        self.backend: Backend = backend
+        self.backend: BackendName = backend
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         """Return the masks [B, C, h, w], refined by the image [B, K, H, W]; see `pamr`."""
-        return pamr(image, mask, self.num_iter, self.dilations, self.affinity_form, self.resize, self.backend)
+        return pamr(image, mask, self.num_iter, self.dilations, self.variant, self.resize, self.backend)
 
     def affinity(self, image: Tensor) -> Tensor:
         """Return the weights [B, N, H, W] of an image [B, K, H, W], float32; N = 8 x number of dilations."""
-        check_choice("affinity", self.affinity_form, tuple(AFFINITIES))
-        return pamr_affinity(image, self.dilations, AFFINITIES[self.affinity_form], self.backend)
+        return pamr_affinity(image, self.dilations, self.variant, self.backend)
 
     def propagate(self, mask: Tensor, affinity: Tensor) -> Tensor:
         """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave."""
@@ -134,6 +133,6 @@ class PAMR(StatelessRefinement):
     def extra_repr(self) -> str:
         """Return what `print(module)` shows."""
         return (
-            f"num_iter={self.num_iter}, dilations={self.dilations}, affinity={self.affinity_form!r},"
+            f"num_iter={self.num_iter}, dilations={self.dilations}, variant={self.variant!r},"
             f" resize={self.resize!r}, backend={self.backend!r}"
         )

@@ -1,18 +1,17 @@
-"""Pixel-adaptive refinement (PAR): PAMR's propagation with an affinity of colour and position.
+"""Pixel-adaptive refinement (PAR): the propagation of PAMR with an affinity of colour and position.
 
 Ru et al., "Learning Affinity from Attention: End-to-End Weakly-Supervised Semantic Segmentation with Transformers",
-CVPR 2022.
+CVPR 2022. https://arxiv.org/abs/2203.02664
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._checks import check_flag, check_maps, check_pixels
+from ._checks import check_flag, check_maps, check_not_negative, check_pixels, check_positive
 from ._refinement import DILATIONS, Resize, StatelessRefinement, check_settings, match_sizes
-from .kernels import Backend, pamr_affinity, pamr_propagate
-
-POSITION_WEIGHT = 0.01  # w2: the position's share, by which the rows of the published affinity exceed 1
+from .kernels import BackendName, pamr_affinity, pamr_propagate
+from .kernels.variants import GUARD, PAR_W1, PAR_W2, par_variant
 
 
 def par(
@@ -22,19 +21,23 @@ def par(
     num_iter: int = 10,
     renormalise: bool = False,
     resize: Resize = "mask",
-    backend: Backend = "auto",
+    backend: BackendName = "auto",
+    w1: float = PAR_W1,
+    w2: float = PAR_W2,
+    guard: float = GUARD,
 ) -> Tensor:
     r"""Replace every pixel of the masks by a weighted sum of its neighbours, `num_iter` times.
 
-    Neighbours and iteration are those of `pamr`. The weights of a pixel's neighbours add a term of colour and one of
-    position, each a softmax over the neighbours, with :math:`w_1 = 0.3` and :math:`w_2 = 0.01`:
+    Neighbours and iteration are those of `pamr`. The weights are the sum of a colour term and a position term, each a
+    softmax over the neighbours:
 
     .. math::
         \mathrm{softmax}\left(-\left(\frac{|I_i - I_n|}{w_1 \sigma_i}\right)^2\right)
         + w_2 \, \mathrm{softmax}\left(-\left(\frac{|p_i - p_n|}{w_1 \sigma_p}\right)^2\right)
 
-    The colour term is averaged over the image's channels before the softmax. sigma is the unbiased standard deviation
-    over the neighbours, to which 1e-8 is added. The weights sum to 1 + w2, so that the masks grow by 1 % an iteration.
+    The colour term is averaged over the channels of the image before the softmax. sigma is the unbiased standard
+    deviation over the neighbours; `guard` is added to it. The weights sum to 1 + w2, so that with the published w2 of
+    0.01 the masks grow by 1 % per iteration.
 
     Weights are computed in float32 and are constants: the result is differentiable with respect to the masks only.
 
@@ -44,9 +47,12 @@ def par(
         dilations: positive integers. A dilation may be larger than the image.
         num_iter: number of iterations, at least 0.
         renormalise: divide the weights by 1 + w2, so that the masks keep their range.
-        resize: what is resized (bilinearly, corners aligned) if the sizes differ: "mask" to the images' size, "image"
-            to the masks' size, or "none" to make it an error.
-        backend: "auto", "triton", "cpp" or "torch"; see `wsseg_layers.kernels.pamr_propagate`.
+        resize: what is resized (bilinearly, corners aligned) if the sizes differ: "mask" to the size of the images,
+            "image" to the size of the masks, or "none" to make it an error.
+        backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.pamr_propagate`.
+        w1: factor of sigma in both terms, positive.
+        w2: factor of the position term, at least 0; 0 leaves the colour term alone.
+        guard: added to sigma, at least 0.
 
     Returns:
         Refined masks, [B, C, H, W], or [B, C, h, w] with `resize="image"`, in the dtype of `masks`.
@@ -64,25 +70,26 @@ def par(
         >>> par(imgs, masks, dilations=[1, 2, 4], num_iter=2).shape
         torch.Size([1, 21, 64, 48])
     """
-    dilations = check_settings(num_iter, dilations, resize, backend)
-    check_flag("renormalise", renormalise)
-    imgs, masks = match_sizes(resize, imgs=imgs, masks=masks)
-    weights = _affinity(imgs, dilations, renormalise, backend)
-    return pamr_propagate(masks, weights, dilations, num_iter, backend)
+    imgs, masks = match_sizes(("imgs", imgs), ("masks", masks), resize)
+    affinity = _affinity(imgs, dilations, renormalise, backend, w1, w2, guard)
+    return pamr_propagate(masks, affinity, dilations, num_iter, backend)
 
 
 class PAR(StatelessRefinement):
     """Pixel-adaptive refinement: the module of `par`.
 
-    It has no parameters and no buffers. The buffer `kernel` that older implementations saved is ignored when a
-    state_dict is loaded.
+    It has no parameters and no buffers. The buffer `kernel` that the published class saves is ignored when a
+    state_dict is loaded. The attributes `w1` and `w2` can be set after construction, as in the published class.
 
     Args:
         dilations: dilations of the 3x3 neighbourhoods.
         num_iter: number of iterations.
-        renormalise: make the weights sum to 1; in the published form they sum to 1.01.
-        resize: what is resized if the sizes differ: "mask" (to the images' size), "image" or "none".
-        backend: "auto", "triton", "cpp" or "torch"; see `wsseg_layers.kernels.pamr_propagate`.
+        renormalise: make the weights sum to 1; in the published form they sum to 1 + w2.
+        resize: what is resized if the sizes differ: "mask" (to the size of the images), "image" or "none".
+        backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.pamr_propagate`.
+        w1: factor of sigma in both terms.
+        w2: factor of the position term; 0 leaves the colour term alone.
+        guard: added to sigma.
 
     Example:
         >>> import torch
@@ -92,6 +99,7 @@ class PAR(StatelessRefinement):
     """
 
     old_buffers = ("kernel",)
+    old_attributes = ("kernel", "pos", "dim")
 
     def __init__(
         self,
@@ -99,7 +107,10 @@ class PAR(StatelessRefinement):
         num_iter: int = 10,
         renormalise: bool = False,
         resize: Resize = "mask",
-        backend: Backend = "auto",
+        backend: BackendName = "auto",
+        w1: float = PAR_W1,
+        w2: float = PAR_W2,
+        guard: float = GUARD,
     ) -> None:
         super().__init__()
         self.dilations = check_settings(num_iter, dilations, resize, backend)
@@ -107,17 +118,32 @@ class PAR(StatelessRefinement):
         self.num_iter = num_iter
         self.renormalise = renormalise
         self.resize: Resize = resize
-        self.backend: Backend = backend
+        self.backend: BackendName = backend
+        _check_numbers(w1, w2, guard)
+        self.w1 = w1
+        self.w2 = w2
+        self.guard = guard
 
     def forward(self, imgs: Tensor, masks: Tensor) -> Tensor:
         """Return the masks [B, C, h, w], refined by the images [B, K, H, W]; see `par`."""
-        return par(imgs, masks, self.dilations, self.num_iter, self.renormalise, self.resize, self.backend)
+        return par(
+            imgs,
+            masks,
+            self.dilations,
+            self.num_iter,
+            self.renormalise,
+            self.resize,
+            self.backend,
+            self.w1,
+            self.w2,
+            self.guard,
+        )
 
     def affinity(self, imgs: Tensor) -> Tensor:
         """Return the weights [B, N, H, W] of images [B, K, H, W], float32; N = 8 x number of dilations."""
         check_maps("imgs", imgs)
         check_pixels("imgs", imgs)
-        return _affinity(imgs, self.dilations, self.renormalise, self.backend)
+        return _affinity(imgs, self.dilations, self.renormalise, self.backend, self.w1, self.w2, self.guard)
 
     def propagate(self, masks: Tensor, affinity: Tensor) -> Tensor:
         """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave."""
@@ -129,10 +155,26 @@ class PAR(StatelessRefinement):
         """Return what `print(module)` shows."""
         return (
             f"dilations={self.dilations}, num_iter={self.num_iter}, renormalise={self.renormalise},"
-            f" resize={self.resize!r}, backend={self.backend!r}"
+            f" resize={self.resize!r}, backend={self.backend!r}, w1={self.w1}, w2={self.w2}, guard={self.guard}"
         )
 
 
-def _affinity(imgs: Tensor, dilations: tuple[int, ...], renormalise: bool, backend: Backend) -> Tensor:
-    weights = pamr_affinity(imgs, dilations, "par", backend)
-    return weights / (1 + POSITION_WEIGHT) if renormalise else weights
+def _affinity(
+    imgs: Tensor,
+    dilations: Sequence[int],
+    renormalise: bool,
+    backend: BackendName,
+    w1: float,
+    w2: float,
+    guard: float,
+) -> Tensor:
+    check_flag("renormalise", renormalise)
+    _check_numbers(w1, w2, guard)
+    affinity = pamr_affinity(imgs, dilations, par_variant(w1, w2, guard), backend)
+    return affinity / (1 + w2) if renormalise else affinity
+
+
+def _check_numbers(w1: float, w2: float, guard: float) -> None:
+    check_positive("w1", w1)
+    check_not_negative("w2", w2)
+    check_not_negative("guard", guard)

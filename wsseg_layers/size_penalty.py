@@ -5,7 +5,7 @@ Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR
 
 from torch import Tensor, nn
 
-from ._checks import check_maps, check_positive, check_real
+from ._checks import check_maps, check_not_negative, check_positive
 from ._dtypes import result_dtype, working_dtype
 
 
@@ -82,7 +82,5 @@ class FocalSizePenalty(nn.Module):
 
 
 def _check_parameters(p: float, lam: float) -> None:
-    check_real("p", p)
-    if p < 0:
-        raise ValueError(f"p must be at least 0, got {p}")
+    check_not_negative("p", p)
     check_positive("lam", lam)

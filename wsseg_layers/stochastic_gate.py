@@ -53,7 +53,7 @@ def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3, tra
     check_floating("shallow", shallow)
     if deep.shape != shallow.shape:
         raise ValueError(f"shallow must have the shape of deep {list(deep.shape)}, got {list(shallow.shape)}")
-    check_same_device(deep=deep, shallow=shallow)
+    check_same_device(("deep", deep), ("shallow", shallow))
 
     mixing_rate = float(mixing_rate)
     dtype = torch.promote_types(deep.dtype, shallow.dtype)

@@ -16,9 +16,11 @@ from hypothesis import given, settings
 
 from tests import reference
 from tests.strategies import assert_close, exact, layouts, seeds, uniform
-from wsseg_layers.kernels import VARIANTS, cpp_library, cpp_refine, pamr_affinity, pamr_propagate
+from wsseg_layers.kernels import VARIANTS, VariantName, pamr_affinity, pamr_propagate
+from wsseg_layers.kernels.backends import cpp
+from wsseg_layers.kernels.backends.cpp import library
 
-needs_compiler = pytest.mark.skipif(cpp_library.load() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
 
 CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
 # A register holds 4 to 16 pixels, a block of the affinity 4 to 32, a group 12 channels.
@@ -30,7 +32,9 @@ dilation_lists = st.sampled_from([[1], [2, 5], [3, 3], [30]])
 @needs_compiler
 @settings(max_examples=20)
 @given(widths, dilation_lists, st.sampled_from(list(VARIANTS)), layouts, seeds)
-def test_affinity_of_every_width(width: int, dilations: list[int], variant: str, layout: str, seed: int) -> None:
+def test_affinity_of_every_width(
+    width: int, dilations: list[int], variant: VariantName, layout: str, seed: int
+) -> None:
     image = uniform((1, 2, 2, width), torch.float32, layout, seed)
     expected = reference.pamr_affinity(exact(image), dilations, variant)
     actual = pamr_affinity(image, dilations, variant, backend="cpp")
@@ -55,15 +59,15 @@ def test_propagation_of_every_width(
 def test_propagates_in_chunks_of_channels(cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     mask, affinity = torch.rand(2, 21, 6, 7), pamr_affinity(torch.rand(2, 3, 6, 7), [1, 2])
     at_once = pamr_propagate(mask, affinity, [1, 2], 3, "cpp")
-    padded, chunks = cpp_refine._padded, []
+    padded, chunks = cpp._padded, []
 
     def recorded(maps: torch.Tensor, *arguments: Any) -> Any:
         chunks.append(len(maps))
         return padded(maps, *arguments)
 
-    monkeypatch.setattr(cpp_refine, "_padded", recorded)
-    monkeypatch.setattr(cpp_refine, "CACHED_WEIGHTS_BYTES", 16 * 6 * 7 * 4 - 1 + cached)
-    monkeypatch.setattr(cpp_refine, "CHUNK_BYTES" if cached else "CHUNK_BYTES_FROM_MEMORY", 6 * 7 * 4 * 8)  # 8 channels
+    monkeypatch.setattr(cpp, "_padded", recorded)
+    monkeypatch.setattr(cpp, "CACHED_WEIGHTS_BYTES", 16 * 6 * 7 * 4 - 1 + cached)
+    monkeypatch.setattr(cpp, "CHUNK_BYTES" if cached else "CHUNK_BYTES_FROM_MEMORY", 6 * 7 * 4 * 8)  # 8 channels
     assert torch.equal(pamr_propagate(mask, affinity, [1, 2], 3, "cpp"), at_once)
     assert chunks == [7] * 6
 
@@ -107,9 +111,9 @@ assert torch.backends.cpu.get_cpu_capability() == "{capability}"
 for height, width, dtype in [(3, 1, torch.float32), (2, 37, torch.float32), (4, 19, torch.float64)]:
     image, mask = torch.rand(1, 3, height, width), torch.rand(1, 26, height, width, dtype=dtype)
     for variant in ("pamr", "par"):
-        affinity = [pamr_affinity(image, [1, 24], variant, backend) for backend in ("cpp", "torch")]
+        affinity = [pamr_affinity(image, [1, 24], variant, backend) for backend in ("cpp", "eager")]
         torch.testing.assert_close(*affinity, rtol=1e-5, atol=1e-5)
-        refined = [pamr_propagate(mask, affinity[0], [1, 24], 4, backend) for backend in ("cpp", "torch")]
+        refined = [pamr_propagate(mask, affinity[0], [1, 24], 4, backend) for backend in ("cpp", "eager")]
         torch.testing.assert_close(*refined, rtol=1e-5, atol=1e-5)
 """
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()}
@@ -120,9 +124,9 @@ for height, width, dtype in [(3, 1, torch.float32), (2, 37, torch.float32), (4, 
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A process that has not compiled yet, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    cpp_library.load.cache_clear()
+    library.load.cache_clear()
     yield tmp_path
-    cpp_library.load.cache_clear()
+    library.load.cache_clear()
 
 
 def refines(library: ctypes.CDLL | None) -> bool:
@@ -131,28 +135,28 @@ def refines(library: ctypes.CDLL | None) -> bool:
 
 @needs_compiler
 def test_compiles_once_and_keeps_the_result(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refines(cpp_library.load())
+    assert refines(library.load())
     (kept,) = (fresh / "cache" / "wsseg_layers").iterdir()
     assert kept.suffix == ".so"
-    cpp_library.load.cache_clear()
+    library.load.cache_clear()
     monkeypatch.setattr(subprocess, "run", None)  # no second compilation
-    assert refines(cpp_library.load())
+    assert refines(library.load())
 
 
 @needs_compiler
 def test_compiles_again_what_does_not_load(fresh: Path) -> None:
-    cpp_library.load()
+    library.load()
     (kept,) = (fresh / "cache" / "wsseg_layers").iterdir()
     kept.unlink()  # what is loaded is not to be written to
     kept.write_bytes(b"not a library")
-    cpp_library.load.cache_clear()
-    assert refines(cpp_library.load())
+    library.load.cache_clear()
+    assert refines(library.load())
 
 
 @needs_compiler
 def test_compiles_where_nothing_can_be_kept(fresh: Path) -> None:
     (fresh / "cache").write_text("a file where the folder should be")
-    assert refines(cpp_library.load())
+    assert refines(library.load())
 
 
 @needs_compiler
@@ -163,7 +167,7 @@ def test_compiles_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "expanduser", no_home)
-    assert refines(cpp_library.load())
+    assert refines(library.load())
 
 
 @needs_compiler
@@ -185,7 +189,7 @@ def test_no_compiler_is_no_reason_to_complain(platform: str, compiler: str, monk
     monkeypatch.setenv("CXX", compiler)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert cpp_library.load() is None
+        assert library.load() is None
 
 
 @needs_compiler
@@ -194,8 +198,9 @@ def test_reads_and_writes_within_its_memory(tmp_path: Path) -> None:
     if not Path(sanitizer).is_absolute():
         pytest.skip("the compiler has no address sanitizer")
     code = """import torch
-from wsseg_layers.kernels import cpp_library, pamr_affinity, pamr_propagate
-assert cpp_library.load()
+from wsseg_layers.kernels import pamr_affinity, pamr_propagate
+from wsseg_layers.kernels.backends.cpp import library
+assert library.load()
 for shape in [(1, 1, 1, 1), (2, 3, 2, 5), (1, 13, 5, 16), (1, 25, 3, 33)]:
     for dilations in ([1], [24, 2]):
         for dtype, variant in [(torch.float32, "pamr"), (torch.float64, "par")]:

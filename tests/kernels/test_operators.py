@@ -1,6 +1,8 @@
 import doctest
+import os
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ from torch.library import opcheck
 
 from tests.strategies import CPU_BACKENDS
 from wsseg_layers import kernels
-from wsseg_layers.kernels import pamr_affinity, pamr_propagate
+from wsseg_layers.kernels import BackendName, VariantName, backends, operators, pamr_affinity, pamr_propagate, variants
+from wsseg_layers.kernels.backends import BACKENDS, find_backend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,9 +25,11 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("variant", kernels.VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_opcheck_affinity(shape: tuple[int, ...], variant: str, backend: str, layout: torch.memory_format) -> None:
+def test_opcheck_affinity(
+    shape: tuple[int, ...], variant: VariantName, backend: BackendName, layout: torch.memory_format
+) -> None:
     image = torch.rand(shape).contiguous(memory_format=layout)
-    opcheck(torch.ops.wsseg_layers.pamr_affinity.default, (image, [1, 2], variant, backend))
+    opcheck(torch.ops.wsseg_layers.pamr_affinity.default, (image, [1, 2], *kernels.VARIANTS[variant], backend))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -34,7 +39,12 @@ def test_opcheck_affinity(shape: tuple[int, ...], variant: str, backend: str, la
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("name", ["pamr_propagate", "pamr_propagate_transposed"])
 def test_opcheck_propagate(
-    name: str, backend: str, shape: tuple[int, ...], num_iter: int, dtype: torch.dtype, layout: torch.memory_format
+    name: str,
+    backend: BackendName,
+    shape: tuple[int, ...],
+    num_iter: int,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
 ) -> None:
     mask = torch.rand(shape, dtype=dtype).contiguous(memory_format=layout).requires_grad_()
     affinity = pamr_affinity(torch.rand(shape), [1, 2])
@@ -75,7 +85,7 @@ IMAGE, MASK, AFFINITY = torch.rand(2, 3, 5, 6), torch.rand(2, 4, 5, 6), torch.ra
         (ValueError, r"dilations\[0\] must be at least 1, got -2", {"dilations": [-2]}),
         (TypeError, r"dilations\[0\] must be an integer, got 1.5", {"dilations": [1.5]}),
         (ValueError, "variant must be one of 'pamr', 'paper', 'par', got 'PAMR'", {"variant": "PAMR"}),
-        (ValueError, "backend must be one of 'auto', 'triton', 'cpp', 'torch', got 'cuda'", {"backend": "cuda"}),
+        (ValueError, "backend must be one of 'auto', 'triton', 'cpp', 'eager', got 'cuda'", {"backend": "cuda"}),
     ],
 )
 def test_affinity_says_what_is_wrong(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
@@ -100,7 +110,7 @@ def test_affinity_says_what_is_wrong(error: type[Exception], message: str, argum
         (ValueError, "num_iter must be at most 2147483647, got 2147483648", {"num_iter": 2**31}),
         (TypeError, "num_iter must be an integer, got 2.0", {"num_iter": 2.0}),
         (TypeError, "num_iter must be an integer, got True", {"num_iter": True}),
-        (ValueError, "backend must be one of 'auto', 'triton', 'cpp', 'torch', got None", {"backend": None}),
+        (ValueError, "backend must be one of 'auto', 'triton', 'cpp', 'eager', got None", {"backend": None}),
     ],
 )
 def test_propagate_says_what_is_wrong(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
@@ -108,44 +118,55 @@ def test_propagate_says_what_is_wrong(error: type[Exception], message: str, argu
         pamr_propagate(**{"mask": MASK, "affinity": AFFINITY, "dilations": [1, 2], "num_iter": 1, **arguments})
 
 
-@pytest.mark.parametrize(
-    ("device", "triton", "compiler", "chosen"),
-    [
-        ("cuda", True, True, "triton"),
-        ("cuda", False, True, "torch"),
-        ("cpu", True, True, "cpp"),
-        ("cpu", True, False, "torch"),
-        ("meta", True, True, "torch"),
-    ],
-)
-def test_auto_is_the_fastest_that_runs(
-    device: str, triton: bool, compiler: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernels, "_TRITON_INSTALLED", triton)
-    monkeypatch.setattr(kernels.cpp_library, "load", lambda: object() if compiler else None)
-    assert kernels._implementation("auto", torch.device(device)) == chosen
-    assert kernels._implementation(chosen, torch.device(device)) == chosen
+def test_auto_is_the_first_usable_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"triton": "has no driver", "cpp": "has no compiler", "eager": None}
+    for name, reason in reasons.items():
+        monkeypatch.setattr(BACKENDS[name], "unavailable", lambda _, reason=reason: reason)
+    assert find_backend("auto", torch.device("meta")) is BACKENDS["eager"]
+    monkeypatch.setattr(BACKENDS["cpp"], "unavailable", lambda _: None)
+    assert find_backend("auto", torch.device("cpu")) is BACKENDS["cpp"]
+    monkeypatch.setattr(BACKENDS["triton"], "unavailable", lambda _: None)
+    assert find_backend("auto", torch.device("cuda")) is BACKENDS["triton"]
 
 
-def test_says_why_cpp_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="backend='cpp' needs tensors on the CPU, got mask on meta"):
-        pamr_propagate(MASK.to("meta"), AFFINITY.to("meta"), [1, 2], 1, backend="cpp")
-    monkeypatch.setattr(kernels.cpp_library, "load", lambda: None)
+def test_says_once_that_only_pytorch_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS["triton"], "unavailable", lambda _: "runs on CUDA and ROCm devices only")
+    monkeypatch.setattr(BACKENDS["cpp"], "unavailable", lambda _: "needs a C++ compiler")
+    backends._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r"plain PyTorch on device type 'cpu'.*'cpp' needs a C\+\+ compiler"):
+        pamr_affinity(IMAGE, [1, 2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pamr_affinity(IMAGE, [1, 2])
+    backends._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["triton", "cpp"])
+def test_says_why_a_backend_is_not_usable(name: BackendName, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS[name], "unavailable", lambda _: "is not installed")
     for operation in (
-        lambda: pamr_affinity(IMAGE, [1, 2], backend="cpp"),
-        lambda: pamr_propagate(MASK, AFFINITY, [1, 2], 1, backend="cpp"),
+        lambda: pamr_affinity(IMAGE, [1, 2], backend=name),
+        lambda: pamr_propagate(MASK, AFFINITY, [1, 2], 1, backend=name),
+        lambda: pamr_propagate(MASK, AFFINITY, [1, 2], 0, backend=name),
     ):
-        with pytest.raises(ValueError, match=r"backend='cpp' needs Linux and a C\+\+ compiler"):
+        with pytest.raises(ValueError, match=f"backend='{name}' is not usable on device 'cpu': is not installed"):
             operation()
 
 
-def test_says_why_triton_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_TRITON_INSTALLED", True)
-    with pytest.raises(ValueError, match="backend='triton' needs tensors on a CUDA or ROCm device, got image on cpu"):
-        pamr_affinity(IMAGE, [1, 2], backend="triton")
-    monkeypatch.setattr(kernels, "_TRITON_INSTALLED", False)
-    with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
-        pamr_propagate(MASK, AFFINITY, [1, 2], 1, backend="triton")
+def test_backends_refuse_devices_that_they_do_not_run_on() -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        with pytest.raises(ValueError, match="backend='triton' is not usable on device 'cpu': runs on CUDA and ROCm"):
+            pamr_affinity(IMAGE, [1, 2], backend="triton")
+    with pytest.raises(ValueError, match="backend='cpp' is not usable on device 'meta': runs on CPUs only"):
+        pamr_propagate(MASK.to("meta"), AFFINITY.to("meta"), [1, 2], 1, backend="cpp")
+
+
+def test_the_list_of_backends_names_the_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS["cpp"], "unavailable", lambda _: "needs a C++ compiler")
+    rows = {row.name: row for row in kernels.available_backends("cpu")}
+    assert list(rows) == list(BACKENDS)
+    assert rows["cpp"] == ("cpp", False, "needs a C++ compiler")
+    assert rows["eager"] == ("eager", True, None)
 
 
 def test_import_needs_no_triton() -> None:
@@ -163,6 +184,7 @@ assert ("triton" in sys.modules) == before"""
 
 def test_examples_in_the_docstrings() -> None:
     # Not by pytest --doctest-modules: it would import kernels/ under a second name and register the operators twice.
-    failures, examples = doctest.testmod(kernels)
-    assert examples > 0
-    assert failures == 0
+    for module in (operators, backends, variants):
+        failures, examples = doctest.testmod(module)
+        assert examples > 0
+        assert failures == 0

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tests import reference
 from tests.strategies import CPU_BACKENDS, assert_close, backends, dtypes, exact, layouts, map_shapes, seeds, uniform
-from wsseg_layers.kernels import pamr_affinity, pamr_propagate, torch_propagate
+from wsseg_layers.kernels import BackendName, pamr_affinity, pamr_propagate
+from wsseg_layers.kernels.backends.eager import propagation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +27,7 @@ def test_equals_the_definition(
     shape: tuple[int, ...],
     dilations: list[int],
     num_iter: int,
-    backend: str,
+    backend: BackendName,
     dtype: torch.dtype,
     layout: str,
     affinity_layout: str,
@@ -42,9 +43,9 @@ def test_equals_the_definition(
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 21, 150])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_equals_the_definition_for_any_number_of_channels(
-    backend: str, channels: int, dtype: torch.dtype, device: torch.device
+    backend: BackendName, channels: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     mask = torch.rand(2, channels, 7, 5, dtype=dtype)
     affinity = pamr_affinity(torch.rand(2, 3, 7, 5), [1, 4])
@@ -55,7 +56,7 @@ def test_equals_the_definition_for_any_number_of_channels(
 
 def test_gathers_in_chunks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     mask, affinity = torch.rand(2, 21, 6, 7), pamr_affinity(torch.rand(2, 3, 6, 7), [1, 2])
-    at_once = pamr_propagate(mask, affinity, [1, 2], 3, "torch")
+    at_once = pamr_propagate(mask, affinity, [1, 2], 3, "eager")
     gather, widths = torch.embedding_bag, set()
 
     def recorded(table: Tensor, *arguments: Any, **options: Any) -> Any:
@@ -63,34 +64,34 @@ def test_gathers_in_chunks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
         return gather(table, *arguments, **options)
 
     monkeypatch.setattr(torch, "embedding_bag", recorded)
-    monkeypatch.setattr(torch_propagate, "GATHER_TABLE_BYTES", 6 * 7 * 4 * 8)  # 8 channels
-    torch.testing.assert_close(pamr_propagate(mask, affinity, [1, 2], 3, "torch"), at_once)
+    monkeypatch.setattr(propagation, "GATHER_TABLE_BYTES", 6 * 7 * 4 * 8)  # 8 channels
+    torch.testing.assert_close(pamr_propagate(mask, affinity, [1, 2], 3, "eager"), at_once)
     assert widths == {7}  # 21 in three chunks
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5])
 def test_gathers_in_blocks_of_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mask, affinity = torch.rand(2, 5, 6, 7), pamr_affinity(torch.rand(2, 3, 6, 7), [1, 2, 24])
-    at_once = pamr_propagate(mask, affinity, [1, 2, 24], 3, "torch")
-    index_of, blocks = torch_propagate._neighbour_index, []
+    at_once = pamr_propagate(mask, affinity, [1, 2, 24], 3, "eager")
+    index_of, blocks = propagation._neighbour_index, []
 
     def recorded(rows: int, *arguments: Any) -> Tensor:
         blocks.append(rows)
         return index_of(rows, *arguments)
 
-    monkeypatch.setattr(torch_propagate, "_neighbour_index", recorded)
-    monkeypatch.setattr(torch_propagate, "GATHER_INDEX_BYTES", 4 * 24 * 7 * rows)
-    assert torch.equal(pamr_propagate(mask, affinity, [1, 2, 24], 3, "torch"), at_once)
+    monkeypatch.setattr(propagation, "_neighbour_index", recorded)
+    monkeypatch.setattr(propagation, "GATHER_INDEX_BYTES", 4 * 24 * 7 * rows)
+    assert torch.equal(pamr_propagate(mask, affinity, [1, 2, 24], 3, "eager"), at_once)
     assert blocks == [rows]
 
 
 def test_the_index_is_as_narrow_as_it_can_be() -> None:
-    assert torch_propagate._neighbour_index(5, 6, 2, [1, 2]).dtype == torch.int32
+    assert propagation._neighbour_index(5, 6, 2, [1, 2]).dtype == torch.int32
 
 
 @pytest.mark.parametrize("channels", [2, 5])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_dilations_far_beyond_the_image_cost_nothing(backend: str, channels: int) -> None:
+def test_dilations_far_beyond_the_image_cost_nothing(backend: BackendName, channels: int) -> None:
     image, mask = torch.rand(1, 3, 6, 7), torch.rand(1, channels, 6, 7, requires_grad=True)
     for variant in ("pamr", "par"):
         affinity = pamr_affinity(image, [1, 2**31 - 1], variant, backend=backend)
@@ -102,7 +103,7 @@ def test_dilations_far_beyond_the_image_cost_nothing(backend: str, channels: int
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_takes_a_half_precision_affinity(backend: str) -> None:
+def test_takes_a_half_precision_affinity(backend: BackendName) -> None:
     mask = torch.rand(1, 21, 6, 7)
     affinity = pamr_affinity(torch.rand(1, 3, 6, 7), [1, 2], backend=backend).half()
     expected = reference.pamr_propagate(exact(mask), exact(affinity), [1, 2], 3)
@@ -112,7 +113,7 @@ def test_takes_a_half_precision_affinity(backend: str) -> None:
 
 @pytest.mark.parametrize("channels", [2, 21])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_leaves_its_arguments_alone(backend: str, channels: int) -> None:
+def test_leaves_its_arguments_alone(backend: BackendName, channels: int) -> None:
     mask, affinity = torch.rand(1, channels, 6, 6), pamr_affinity(torch.rand(1, 3, 6, 6), [1], backend=backend)
     mask_before, affinity_before = mask.clone(), affinity.clone()
     for num_iter in (0, 1, 2):
@@ -123,7 +124,7 @@ def test_leaves_its_arguments_alone(backend: str, channels: int) -> None:
 
 @pytest.mark.parametrize("channels", [2, 21])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_nan_spreads_one_neighbourhood_an_iteration(backend: str, channels: int) -> None:
+def test_nan_spreads_one_neighbourhood_an_iteration(backend: BackendName, channels: int) -> None:
     mask = torch.zeros(1, channels, 9, 9)
     mask[0, 1, 4, 4] = torch.nan
     uniform_weights = torch.full((1, 8, 9, 9), 1 / 8)
@@ -135,7 +136,7 @@ def test_nan_spreads_one_neighbourhood_an_iteration(backend: str, channels: int)
 
 @pytest.mark.parametrize("channels", [2, 21])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_iterations_compose(backend: str, channels: int) -> None:
+def test_iterations_compose(backend: BackendName, channels: int) -> None:
     mask, affinity = torch.rand(1, channels, 6, 7), pamr_affinity(torch.rand(1, 3, 6, 7), [1, 2], backend=backend)
     twice = pamr_propagate(pamr_propagate(mask, affinity, [1, 2], 1, backend), affinity, [1, 2], 2, backend)
     torch.testing.assert_close(pamr_propagate(mask, affinity, [1, 2], 3, backend), twice)
@@ -143,7 +144,7 @@ def test_iterations_compose(backend: str, channels: int) -> None:
 
 @pytest.mark.parametrize("channels", [2, 21])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_keeps_the_range_of_the_masks(backend: str, channels: int) -> None:
+def test_keeps_the_range_of_the_masks(backend: BackendName, channels: int) -> None:
     mask = torch.rand(2, channels, 12, 11)
     affinity = pamr_affinity(torch.rand(2, 3, 12, 11), [1, 2, 4], backend=backend)
     refined = pamr_propagate(mask, affinity, [1, 2, 4], 10, backend)
@@ -163,7 +164,7 @@ def test_keeps_the_dtype_under_autocast(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("channels", [2, 21])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_halves_are_rounded_once_at_the_end(backend: str, channels: int, dtype: torch.dtype) -> None:
+def test_halves_are_rounded_once_at_the_end(backend: BackendName, channels: int, dtype: torch.dtype) -> None:
     affinity = pamr_affinity(torch.rand(1, 3, 6, 7), [1, 2, 4], backend=backend)
     mask = torch.rand(1, channels, 6, 7).to(dtype).requires_grad_()
     wide = mask.detach().float().requires_grad_()
@@ -177,7 +178,7 @@ def test_halves_are_rounded_once_at_the_end(backend: str, channels: int, dtype: 
 
 @pytest.mark.parametrize("channels", [2, 21])
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_takes_an_empty_batch(backend: str, channels: int) -> None:
+def test_takes_an_empty_batch(backend: BackendName, channels: int) -> None:
     refined = pamr_propagate(torch.rand(0, channels, 4, 5), torch.rand(0, 16, 4, 5), [1, 2], 3, backend)
     assert refined.shape == (0, channels, 4, 5)
 

@@ -16,10 +16,10 @@ from hypothesis import given, settings
 
 from tests import reference
 from tests.strategies import assert_close, exact, layouts, map_shapes, seeds, uniform
-from wsseg_layers.kernels import VARIANTS, pamr_affinity, pamr_propagate
+from wsseg_layers.kernels import VARIANTS, VariantName, pamr_affinity, pamr_propagate
 
 pytest.importorskip("triton", reason="triton is not installed")
-from wsseg_layers.kernels import triton_affinity, triton_propagate
+from wsseg_layers.kernels.backends.triton import affinities, propagation
 from wsseg_layers.kernels.variants import Variant
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,7 +63,7 @@ def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 @few
 @given(map_shapes(max_channels=3, max_side=7), dilation_lists, st.sampled_from(list(VARIANTS)), dtypes, layouts, seeds)
 def test_affinity_equals_the_definition(
-    shape: tuple[int, ...], dilations: list[int], variant: str, dtype: torch.dtype, layout: str, seed: int
+    shape: tuple[int, ...], dilations: list[int], variant: VariantName, dtype: torch.dtype, layout: str, seed: int
 ) -> None:
     image = uniform(shape, dtype, layout, seed)
     expected = reference.pamr_affinity(exact(image), dilations, variant)
@@ -96,7 +96,7 @@ def test_transposed_equals_the_transposed_definition(
     grad = uniform(shape, torch.float64, "sliced", seed + 2).to(DEVICE)
     gradients = [
         torch.autograd.grad(pamr_propagate(mask, affinity, dilations, num_iter, backend), mask, grad)[0]
-        for backend in ("triton", "torch")  # PyTorch's is compared with the reference in test_propagate.py
+        for backend in ("triton", "eager")  # PyTorch's is compared with the reference in test_propagate.py
     ]
     torch.testing.assert_close(*gradients)
 
@@ -118,13 +118,13 @@ def test_a_new_form_is_an_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(VARIANTS, "mine", Variant(2.0, 2, 2, guard=1.0, with_centre=False, position_weight=0.5))
     image = uniform((1, 2, 5, 6), torch.float64, "contiguous", seed=0)
     expected = reference.squared_affinity(exact(image), [1, 3], guard=1.0, weight=2.0, position_weight=0.5)
-    actual = pamr_affinity(image.to(DEVICE), [1, 3], "mine", backend="triton")
+    actual = pamr_affinity(image.to(DEVICE), [1, 3], "mine", backend="triton")  # type: ignore[arg-type]
     assert_close(actual, expected, dtype=torch.float32, precision=torch.float32)
 
 
 @runs_kernels
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_affinity_of_little_contrast(variant: str) -> None:
+def test_affinity_of_little_contrast(variant: VariantName) -> None:
     # Eq. 8 divides by a square: even the nearest neighbour's exponent is far below what exp can hold.
     image = 1e-4 * uniform((1, 1, 5, 6), torch.float32, "contiguous", seed=0)
     expected = reference.pamr_affinity(exact(image), [1], variant)
@@ -134,7 +134,7 @@ def test_affinity_of_little_contrast(variant: str) -> None:
 
 @runs_kernels
 @pytest.mark.parametrize("variant", ["pamr", "paper"])
-def test_is_uniform_where_the_image_is_flat(variant: str) -> None:
+def test_is_uniform_where_the_image_is_flat(variant: VariantName) -> None:
     affinity = pamr_affinity(torch.full((1, 3, 4, 5), 1000.0, device=DEVICE), [1, 2], variant, backend="triton")
     torch.testing.assert_close(affinity, torch.full_like(affinity, 1 / 16), rtol=0, atol=1e-7)
 
@@ -146,11 +146,11 @@ def test_backends_agree_on_real_shapes(shape: tuple[int, ...], dtype: torch.dtyp
     dilations = [1, 2, 4, 8, 12, 24]
     image = torch.rand(shape[0], 3, *shape[2:], device="cuda")
     mask = torch.rand(shape, device="cuda", dtype=dtype)
-    affinity = {name: pamr_affinity(image, dilations, backend=name) for name in ("triton", "torch")}
-    torch.testing.assert_close(affinity["triton"], affinity["torch"], rtol=1e-5, atol=1e-5)
-    refined = {name: pamr_propagate(mask, affinity["torch"], dilations, 10, name) for name in ("triton", "torch")}
+    affinity = {name: pamr_affinity(image, dilations, backend=name) for name in ("triton", "eager")}
+    torch.testing.assert_close(affinity["triton"], affinity["eager"], rtol=1e-5, atol=1e-5)
+    refined = {name: pamr_propagate(mask, affinity["eager"], dilations, 10, name) for name in ("triton", "eager")}
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(refined["triton"], refined["torch"], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(refined["triton"], refined["eager"], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU")
@@ -178,7 +178,7 @@ def test_more_than_2_to_the_31_values() -> None:
 @pytest.mark.parametrize("channels", [1, 2, 4, 5, 19, 21, 60, 81, 150, 182, 1000])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_tiles_waste_little(channels: int, itemsize: int) -> None:
-    config = triton_propagate.launch_config(channels, itemsize)
+    config = propagation.launch_config(channels, itemsize)
     vector = 16 // itemsize
     blocks = -(-config["CHANNELS"] // config["BLOCK_C"])
     assert channels <= config["CHANNELS"] < channels + vector
@@ -189,6 +189,6 @@ def test_tiles_waste_little(channels: int, itemsize: int) -> None:
 
 @pytest.mark.parametrize("dilations", [1, 2, 3, 6, 40, 600])
 def test_affinity_tiles_hold_all_neighbours(dilations: int) -> None:
-    config = triton_affinity.launch_config(range(1, dilations + 1), "pamr")
+    config = affinities.launch_config(range(1, dilations + 1), VARIANTS["pamr"])
     assert 8 * dilations <= config["BLOCK_N"] < 16 * dilations + 8
     assert config["BLOCK_P"] >= 1

@@ -12,7 +12,8 @@ from triton import language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from wsseg_layers.kernels import VARIANTS, triton_affinity, triton_propagate  # noqa: E402
+from wsseg_layers.kernels import VARIANTS  # noqa: E402
+from wsseg_layers.kernels.backends.triton import affinities, propagation  # noqa: E402
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 TARGETS = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)]
@@ -46,9 +47,9 @@ def assert_no_spills(compiled: Any, target: GPUTarget, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_affinity(variant: str, target: GPUTarget, tmp_path: Path) -> None:
-    config = triton_affinity.launch_config(DILATIONS, variant)
+    config = affinities.launch_config(DILATIONS, VARIANTS[variant])
     sizes = ["channels", "height", "width"]
-    compiled = compile_for(target, triton_affinity.affinity_kernel, "fp32", sizes, config)
+    compiled = compile_for(target, affinities.affinity_kernel, "fp32", sizes, config)
     assert_no_spills(compiled, target, tmp_path)
 
 
@@ -62,9 +63,9 @@ def test_propagation(transposed: bool, channels: int, dtype: str, target: GPUTar
         "DILATIONS": DILATIONS,
         "DTYPE": tl.float32,
         **({"REACH": max(DILATIONS)} if transposed else {}),
-        **triton_propagate.launch_config(channels, itemsize),
+        **propagation.launch_config(channels, itemsize),
     }
-    kernel = triton_propagate.transposed_kernel if transposed else triton_propagate.propagate_kernel
+    kernel = propagation.transposed_kernel if transposed else propagation.propagate_kernel
     compiled = compile_for(target, kernel, dtype, ["height", "width"], config)
     assert_no_spills(compiled, target, tmp_path)
     # The loop's body holds the 8 neighbours of one dilation. What is not wide is the affinity, one value a neighbour.

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .variants import VARIANTS
+from ...variants import Variant
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def affinity_kernel(
         total = tl.sum(difference, axis=0)
         squares = tl.sum(difference * difference, axis=0)
         variance = tl.maximum(squares - total * total / SAMPLES, 0.0) / (SAMPLES - 1)
-        sigma = variance if SIGMA_POWER == 2 else tl.sqrt(variance)
+        sigma = power_of_sigma(variance, SIGMA_POWER)
         scaled = tl.abs(difference) / (GUARD + WEIGHT * sigma)[None, :]
         similarity -= scaled * scaled if POWER == 2 else scaled
         plane += pixels
@@ -76,6 +76,17 @@ def affinity_kernel(
         weight += (POSITION_WEIGHT * position_term)[:, None]
     target = out + (batch * N + n)[:, None] * pixels + pixel[None, :]
     tl.store(target, weight.to(tl.float32), mask=is_value)
+
+
+@triton.jit
+def power_of_sigma(variance, SIGMA_POWER: tl.constexpr):
+    """Return sigma to the power of 0, 1 or 2."""
+    if SIGMA_POWER == 0:
+        return variance * 0 + 1
+    elif SIGMA_POWER == 1:  # noqa: RET505
+        return tl.sqrt(variance)
+    else:
+        return variance
 
 
 @triton.jit
@@ -94,32 +105,31 @@ def position_weight(
     distance = tl.where(is_neighbour, dilation.to(tl.float64) * tl.where(on_diagonal, 2**0.5, 1.0), 0.0)
     deviation = tl.where(is_neighbour, distance - tl.sum(distance, axis=0) / N, 0.0)
     variance = tl.sum(deviation * deviation, axis=0) / (N - 1)
-    scaled = distance / (GUARD + WEIGHT * (variance if SIGMA_POWER == 2 else tl.sqrt(variance)))
+    scaled = distance / (GUARD + WEIGHT * power_of_sigma(variance, SIGMA_POWER))
     exponent = tl.where(is_neighbour, -(scaled * scaled if POWER == 2 else scaled), float("-inf"))
     term = tl.exp(exponent - tl.max(exponent, axis=0))
     return term / tl.sum(term, axis=0)
 
 
-def launch_config(dilations: Sequence[int], variant: str) -> dict[str, Any]:
+def launch_config(dilations: Sequence[int], variant: Variant) -> dict[str, Any]:
     """Return the constants: about 16 values of the tile a thread, the pixels of a row in neighbouring lanes."""
-    form = VARIANTS[variant]
     block_n = triton.next_power_of_2(8 * len(dilations))
     return {
         "DILATIONS": tuple(dilations),
-        "WEIGHT": form.weight,
-        "SIGMA_POWER": form.sigma_power,
-        "POWER": form.power,
-        "GUARD": form.guard,
-        "SAMPLES": form.samples(len(dilations)),
-        "POSITION_WEIGHT": form.position_weight,
-        "DTYPE": tl.float64 if form.in_double else tl.float32,
+        "WEIGHT": variant.weight,
+        "SIGMA_POWER": variant.sigma_power,
+        "POWER": variant.power,
+        "GUARD": variant.guard,
+        "SAMPLES": variant.samples(len(dilations)),
+        "POSITION_WEIGHT": variant.position_weight,
+        "DTYPE": tl.float64 if variant.in_double else tl.float32,
         "BLOCK_N": block_n,
         "BLOCK_P": max(1, min(32, 4096 // block_n)),
         "num_warps": 4,
     }
 
 
-def affinity(image: Tensor, dilations: Sequence[int], variant: str, out: Tensor) -> None:
+def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Tensor) -> None:
     """Fill `out` [B, N, H, W], contiguous, with the affinity of an image [B, K, H, W]."""
     image = image.contiguous()
     batch, channels, height, width = image.shape

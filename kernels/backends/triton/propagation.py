@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .neighbourhood import fold, within
+from ...neighbourhood import fold, within
 
 
 @triton.jit

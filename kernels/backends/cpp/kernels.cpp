@@ -1,4 +1,4 @@
-// The dilated affinity and its propagation for one image, on a CPU. cpp_library.py compiles it, cpp_refine.py calls it.
+// The dilated affinity and its propagation for one image, on a CPU. library.py compiles it, __init__.py calls it.
 //
 // A map is stored row by row, [height][channels][pitch]. In a row, the image starts at column `reach`; its border is
 // replicated by `reach` columns to both sides, and further to the right where it is narrower than MIN_WIDTH.
@@ -32,8 +32,8 @@ struct Neighbours {
     const int64_t *dy, *dx;
 };
 
-// A Variant of variants.py; `position` holds every neighbour's position term.
-struct Form {
+// The numbers of a Variant of variants.py; `position` holds every neighbour's position term.
+struct Variant {
     double guard, weight, samples;
     int64_t sigma_power, power;
     const double *position;
@@ -94,7 +94,7 @@ template <typename Real> static Vector<Real> exp_of_negative(Vector<Real> x)
 // Fill weights[neighbour][pixel] of a block of pixels from column x on. `rows` and `centre` point to column 0.
 template <typename Real, int BLOCK>
 static void weigh(Real (*weights)[BLOCK], const std::vector<const Real *> &rows, const Real *centre, int64_t x,
-                  const Map &size, const Form &form)
+                  const Map &size, const Variant &variant)
 {
     constexpr int lanes = LANES<Real>, vectors = BLOCK / lanes;
     using V = Vector<Real>;
@@ -115,15 +115,16 @@ static void weigh(Real (*weights)[BLOCK], const std::vector<const Real *> &rows,
             }
         for (int v = 0; v < vectors; v++)
             for (int i = 0; i < lanes; i++) {
-                Real variance = (squares[v][i] - total[v][i] * total[v][i] / form.samples) / (form.samples - 1);
+                Real variance = (squares[v][i] - total[v][i] * total[v][i] / variant.samples) / (variant.samples - 1);
                 variance = variance < 0 ? 0 : variance; // NaN stays NaN
-                scale[v][i] = 1 / (form.guard + form.weight * (form.sigma_power == 1 ? std::sqrt(variance) : variance));
+                Real sigma = variant.sigma_power == 0 ? 1 : variant.sigma_power == 1 ? std::sqrt(variance) : variance;
+                scale[v][i] = 1 / (variant.guard + variant.weight * sigma); // eq. 8
             }
         for (int64_t n = 0; n < count; n++)
             for (int v = 0; v < vectors; v++) {
                 V difference = (at(rows[n] + first + v * lanes) - middle[v]) * scale[v];
                 V &exponent = at(&weights[n][v * lanes]);
-                exponent -= form.power == 2 ? difference * difference : difference < 0 ? -difference : difference;
+                exponent -= variant.power == 2 ? difference * difference : difference < 0 ? -difference : difference;
             }
     }
 
@@ -141,13 +142,13 @@ static void weigh(Real (*weights)[BLOCK], const std::vector<const Real *> &rows,
         }
         for (int64_t n = 0; n < count; n++) {
             V &weight = at(&weights[n][v * lanes]);
-            weight = weight / sum + Real(form.position[n]);
+            weight = weight / sum + Real(variant.position[n]);
         }
     }
 }
 
 template <typename Real>
-static void affinity(const Real *image, float *out, const Map &size, const Neighbours &neighbours, const Form &form,
+static void affinity(const Real *image, float *out, const Map &size, const Neighbours &neighbours, const Variant &variant,
                      int64_t threads)
 {
     constexpr int block = 2 * LANES<Real>;
@@ -162,7 +163,7 @@ static void affinity(const Real *image, float *out, const Map &size, const Neigh
         const int64_t pixels = size.width < block ? size.width : block;
         for (int64_t x = 0; x < size.width; x += block) {
             const int64_t start = block_start(x, block, size.width);
-            weigh<Real, block>(weights, rows, centre, start, size, form);
+            weigh<Real, block>(weights, rows, centre, start, size, variant);
             for (int64_t n = 0; n < neighbours.count; n++)
                 for (int64_t i = 0; i < pixels; i++) row[n * size.width + start + i] = weights[n][i];
         }
@@ -254,9 +255,9 @@ static void propagate(Real *from, Real *to, const Real *affinity, const Map &siz
 
 #define EXPORT(Real)                                                                                                 \
     extern "C" void affinity_##Real(const Real *image, float *out, const Map *size, const Neighbours *neighbours,    \
-                                    const Form *form, int64_t threads)                                               \
+                                    const Variant *variant, int64_t threads)                                               \
     {                                                                                                                \
-        affinity(image, out, *size, *neighbours, *form, threads);                                                    \
+        affinity(image, out, *size, *neighbours, *variant, threads);                                                    \
     }                                                                                                                \
     extern "C" void propagate_##Real(Real *from, Real *to, const Real *affinity, const Map *size,                    \
                                      const Neighbours *neighbours, int64_t iterations, int64_t threads)              \

@@ -1,4 +1,4 @@
-"""refine.cpp, compiled by the machine's own compiler when it is first needed, and kept for the next process."""
+"""kernels.cpp, compiled by the machine's own compiler when it is first needed, and kept for the next process."""
 
 import ctypes
 import functools
@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("refine.cpp")
+SOURCE = Path(__file__).with_name("kernels.cpp")
 OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp")
-# What refine.cpp computes in, and how its functions are called for it.
+# What kernels.cpp computes in, and how its functions are called for it.
 REALS = {torch.float32: "float", torch.float64: "double"}
 # Of processors that PyTorch found to have them, so that a kept library never meets one that has not.
 INSTRUCTIONS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f")}
 
 
 class Map(ctypes.Structure):
-    """The sizes of a map, as refine.cpp stores it."""
+    """The sizes of a map, as kernels.cpp stores it."""
 
     _fields_ = tuple((name, ctypes.c_int64) for name in ("channels", "height", "width", "reach", "pitch"))
 
@@ -35,8 +35,8 @@ class Neighbours(ctypes.Structure):
     _fields_ = (("count", ctypes.c_int64), *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("dy", "dx")))
 
 
-class Form(ctypes.Structure):
-    """A form of the affinity."""
+class Variant(ctypes.Structure):
+    """The numbers of a variant of the affinity."""
 
     _fields_ = (
         *((name, ctypes.c_double) for name in ("guard", "weight", "samples")),
@@ -64,7 +64,7 @@ def load() -> ctypes.CDLL | None:
         affinity, propagate = getattr(library, f"affinity_{real}"), getattr(library, f"propagate_{real}")
         size, neighbours = ctypes.POINTER(Map), ctypes.POINTER(Neighbours)
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        affinity.argtypes = (pointer, pointer, size, neighbours, ctypes.POINTER(Form), number)
+        affinity.argtypes = (pointer, pointer, size, neighbours, ctypes.POINTER(Variant), number)
         propagate.argtypes = (pointer, pointer, pointer, size, neighbours, number, number)
         affinity.restype = propagate.restype = None
     return library
@@ -72,7 +72,7 @@ def load() -> ctypes.CDLL | None:
 
 def _load_or_compile(command: list[str]) -> ctypes.CDLL:
     key = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    kept = _cache() / f"refine-{key}.so"
+    kept = _cache() / f"kernels-{key}.so"
     with suppress(OSError):
         return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .neighbourhood import fold, neighbour_offsets, pad, shifted_views, within
+from ...neighbourhood import fold, neighbour_offsets, pad, shifted_views, within
 
 # With fewer channels, a pixel's neighbours are cheaper as shifted views than as gathered rows (docs/kernels.md).
 GATHER_MIN_CHANNELS = 4

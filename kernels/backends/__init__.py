@@ -1,0 +1,93 @@
+"""The backends: one folder each, listed here from the fastest to the one that runs everywhere.
+
+A backend is anything with the functions of `Backend`. To add one, add its folder and its line in `BACKENDS`.
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..variants import Variant
+from . import cpp, eager, triton
+
+
+class Backend(Protocol):
+    """What the operators need from a backend. B, K, C, H, W are at least 1, and `num_iter` is at least 1."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Return why the backend does not run on a device, or None if it does."""
+
+    def empty_affinity(self, image: Tensor, neighbours: int) -> Tensor:
+        """Return uninitialised weights [B, N, H, W], float32, for an image [B, K, H, W], in the backend's layout."""
+
+    def affinity(self, image: Tensor, dilations: Sequence[int], variant: Variant, out: Tensor) -> None:
+        """Fill `out`, from `empty_affinity`, with the affinity of an image [B, K, H, W] (eq. 8)."""
+
+    def propagate(self, mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
+        """Return the masks [B, C, H, W] after `num_iter` iterations of eq. 7, contiguous, in the dtype of `mask`."""
+
+    def propagate_transposed(self, grad: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
+        """Return the transpose of `propagate`, applied to `grad` [B, C, H, W]: the gradient of the masks."""
+
+
+# backend="auto" takes the first one that runs on the device.
+BACKENDS: dict[str, Backend] = {"triton": triton, "cpp": cpp, "eager": eager}
+
+
+class BackendStatus(NamedTuple):
+    """One row of `available_backends`."""
+
+    name: str
+    usable: bool
+    reason: str | None
+
+
+def available_backends(device: torch.device | str = "cpu") -> list[BackendStatus]:
+    """List the backends in the order in which `backend="auto"` tries them.
+
+    Args:
+        device: the device of the tensors.
+
+    Returns:
+        One row per backend: its name, whether it is usable on `device`, and the reason if it is not (else None).
+
+    Example:
+        >>> available_backends("cpu")[-1]
+        BackendStatus(name='eager', usable=True, reason=None)
+    """
+    device = torch.device(device)
+    reasons = {name: backend.unavailable(device) for name, backend in BACKENDS.items()}
+    return [BackendStatus(name, reason is None, reason) for name, reason in reasons.items()]
+
+
+def find_backend(name: str, device: torch.device) -> Backend:
+    """Return the backend that `backend=name` means on a device.
+
+    Raises:
+        ValueError: the backend does not run on the device; the message says why.
+    """
+    if name != "auto":
+        reason = BACKENDS[name].unavailable(device)
+        if reason is not None:
+            raise ValueError(f"backend={name!r} is not usable on device {str(device)!r}: {reason}")
+        return BACKENDS[name]
+    skipped: list[str] = []
+    for candidate, backend in BACKENDS.items():
+        reason = backend.unavailable(device)
+        if reason is None:
+            if candidate == "eager" and device.type in ("cpu", "cuda"):
+                _warn_once(device.type, "; ".join(skipped))
+            return backend
+        skipped.append(f"{candidate!r} {reason}")
+    raise ValueError(f"backend='auto' finds no backend for device {str(device)!r}: {'; '.join(skipped)}")
+
+
+@functools.cache
+def _warn_once(device_type: str, reasons: str) -> None:
+    warnings.warn(
+        f"PAMR and PAR run in plain PyTorch on device type {device_type!r}, which is slower: {reasons}", stacklevel=2
+    )
