@@ -1,7 +1,7 @@
 """The dilated affinity and its propagation: the two operators that PAMR and PAR consist of."""
 
-from .backends import available_backends
-from .operators import BackendName, pamr_affinity, pamr_propagate
+from .backends import BackendName, available_backends
+from .operators import pamr_affinity, pamr_propagate
 from .variants import VARIANTS, Variant, VariantName
 
 __all__ = [

@@ -1,23 +1,30 @@
-"""The neighbourhood that affinity and propagation share: 8 neighbours at {-d, 0, d}^2 for every dilation d."""
+"""The neighbours of a pixel: 8 per dilation d, at the offsets {-d, 0, d} x {-d, 0, d} without (0, 0)."""
 
 from collections.abc import Iterator, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def neighbour_offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the neighbours' offsets (dy, dx): dilations in the given order, row-major, without the centre."""
+    """Return the offsets (dy, dx) of the neighbours: dilations in the given order, then row-major."""
     return [(dy, dx) for d in dilations for dy in (-d, 0, d) for dx in (-d, 0, d) if (dy, dx) != (0, 0)]
 
 
 def within(dilations: Sequence[int], height: int, width: int) -> list[int]:
-    """Shorten dilations to the map's longer side: a neighbour beyond the border is the border, however far."""
+    """Limit dilations to the longer side of the map: all neighbours beyond the border have the value of the border."""
     return [min(d, max(height, width)) for d in dilations]
 
 
+def keep_first(x: Tensor, counts: Tensor) -> Tensor:
+    """Return [B, C, H, W] with zeros from channel `counts[b]` of image b on, without waiting for the device."""
+    channel = torch.arange(x.shape[1], device=x.device)
+    return x.masked_fill((channel >= counts[:, None])[:, :, None, None], 0)
+
+
 def pad(x: Tensor, reach: int) -> Tensor:
-    """Replicate the border of maps [B, C, H, W] `reach` pixels out on every side."""
+    """Replicate the border of maps [B, C, H, W] by `reach` pixels on every side."""
     return F.pad(x, (reach, reach, reach, reach), mode="replicate")
 
 
@@ -31,7 +38,7 @@ def fold(padded: Tensor, reach: int, dim: int) -> Tensor:
 
 
 def shifted_views(padded: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
-    """Yield every neighbour's view [B, C, H, W] of maps that are padded by the largest dilation."""
+    """Yield one view [B, C, H, W] per neighbour of maps that are padded by the largest dilation."""
     reach = max(dilations)
     height, width = padded.shape[2] - 2 * reach, padded.shape[3] - 2 * reach
     for dy, dx in neighbour_offsets(dilations):

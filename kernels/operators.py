@@ -1,7 +1,7 @@
 """The two operators, `pamr_affinity` and `pamr_propagate`: checks, registration with PyTorch and gradients."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,17 +12,16 @@ from wsseg_layers._checks import (
     check_dilations,
     check_flag,
     check_maps,
+    check_multiple_batch,
     check_not_negative,
     check_pixels,
     check_positive,
-    check_same_batch,
     check_same_device,
 )
 
-from .backends import BACKENDS, find_backend
+from .backends import BACKENDS, BackendName, find_backend, find_decomposition
+from .neighbourhood import keep_first
 from .variants import VARIANTS, Variant, VariantName
-
-BackendName = Literal["auto", "triton", "cpp", "eager"]
 
 
 def pamr_affinity(
@@ -52,8 +51,7 @@ def pamr_affinity(
         dilations: positive integers. A dilation may be larger than the image.
         variant: "pamr", "paper", "par", another key of `wsseg_layers.kernels.VARIANTS`, or a `Variant` with your own
             numbers.
-        backend: "triton" (CUDA and ROCm), "cpp" (CPUs), "eager" (PyTorch, everywhere), or "auto": the first of them
-            that is usable; see `wsseg_layers.kernels.available_backends`.
+        backend: "auto" for the first usable backend, or the name of one; see `available_backends`.
 
     Returns:
         Affinity, [B, N, H, W], N = 8 x number of dilations, float32 also under autocast. It sums to 1 over N, or to
@@ -77,11 +75,19 @@ def pamr_affinity(
     dilations = check_dilations(dilations)
     numbers = check_variant(variant)
     check_backend(backend)
+    decomposition = find_decomposition(backend)
+    if decomposition is not None:
+        return decomposition.affinity(image.detach(), dilations, numbers)
     return torch.ops.wsseg_layers.pamr_affinity(image.detach(), dilations, *numbers, backend)
 
 
 def pamr_propagate(
-    mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, backend: BackendName = "auto"
+    mask: Tensor,
+    affinity: Tensor,
+    dilations: Sequence[int],
+    num_iter: int,
+    backend: BackendName = "auto",
+    counts: Tensor | None = None,
 ) -> Tensor:
     r"""Replace every pixel of the masks by the weighted sum of its neighbours, `num_iter` times (eq. 7).
 
@@ -91,20 +97,23 @@ def pamr_propagate(
     respect to the masks, any number of times, in reverse and forward mode; the affinity is a constant.
 
     Args:
-        mask: masks, [B, C, H, W], any floating-point dtype and strides. The batch may be empty.
+        mask: masks, [B, C, H, W], any floating-point dtype and strides. The batch may be empty. With [B * V, C, H, W],
+            the V masks `mask[b * V : (b + 1) * V]` share the affinity of image b.
         affinity: weights, [B, N, H, W], as `pamr_affinity` returns them for the same dilations.
         dilations: positive integers.
         num_iter: number of iterations; 0 copies the masks.
-        backend: "triton" (CUDA and ROCm), "cpp" (CPUs), "eager" (PyTorch, everywhere), or "auto": the first of them
-            that is usable.
+        backend: "auto" for the first usable backend, or the name of one; see `available_backends`.
+        counts: int64, [B], on the device of `mask`: image b has only `counts[b]` channels, the first ones. The others
+            cost no iterations, and are 0 in the result. Each count is in 0 to C; on a CPU this is checked, elsewhere
+            not, because that would wait for the device. Default: all channels of all images.
 
     Returns:
-        Masks, [B, C, H, W], contiguous and in the dtype of `mask`.
+        Masks in the shape of `mask`, contiguous and in its dtype.
 
     Raises:
         TypeError: `mask` or `affinity` is no floating-point tensor, or `dilations` or `num_iter` has the wrong type.
         ValueError: sizes or devices differ, a dimension is missing or empty, a number is out of range, the affinity
-            requires a gradient, or `backend` is unknown or not usable.
+            requires a gradient, `counts` is given for V > 1, or `backend` is unknown or not usable.
 
     Source:
         Araslanov and Roth, CVPR 2020, eq. 7.
@@ -121,8 +130,8 @@ def pamr_propagate(
         check_pixels(name, maps)
     dilations = check_dilations(dilations)
     check_count("num_iter", num_iter, minimum=0)
-    check_same_batch(("mask", mask), ("affinity", affinity))
     check_same_device(("mask", mask), ("affinity", affinity))
+    check_multiple_batch(("mask", mask), ("affinity", affinity))
     if mask.shape[2:] != affinity.shape[2:]:
         raise ValueError(
             f"mask and affinity must have the same height and width, got mask {list(mask.shape)},"
@@ -135,9 +144,32 @@ def pamr_propagate(
     if affinity.requires_grad and torch.is_grad_enabled():
         raise ValueError("affinity must not require a gradient, because none flows to it: pass affinity.detach()")
     check_backend(backend)
+    if counts is not None:
+        _check_counts(counts, mask, affinity)
+    if mask.shape[0] != affinity.shape[0]:  # [B * V, C, H, W] -> [B, V * C, H, W]: views are channels
+        joined = mask.reshape(affinity.shape[0], -1, *mask.shape[2:])
+        return pamr_propagate(joined, affinity, dilations, num_iter, backend).view(mask.shape)
+    decomposition = find_decomposition(backend)
+    if decomposition is not None:
+        return decomposition.propagate(mask, affinity, dilations, num_iter, counts)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return torch.ops.wsseg_layers.pamr_propagate(mask, affinity, dilations, num_iter, backend)
-    return _Propagate.apply(mask, affinity, dilations, num_iter, False, backend)
+        return torch.ops.wsseg_layers.pamr_propagate(mask, affinity, dilations, num_iter, backend, counts)
+    return _Propagate.apply(mask, affinity, counts, dilations, num_iter, backend, False)
+
+
+def _check_counts(counts: Tensor, mask: Tensor, affinity: Tensor) -> None:
+    if not isinstance(counts, Tensor) or counts.dtype != torch.int64:
+        given = counts.dtype if isinstance(counts, Tensor) else type(counts).__name__
+        raise TypeError(f"counts must be a torch.int64 tensor, got {given}")
+    if counts.shape != mask.shape[:1] or mask.shape[0] != affinity.shape[0]:
+        raise ValueError(
+            f"counts must hold one number per image of mask {list(mask.shape)} and affinity {list(affinity.shape)},"
+            f" got shape {list(counts.shape)}"
+        )
+    check_same_device(("mask", mask), ("counts", counts))
+    on_cpu = counts.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    if on_cpu and not ((counts >= 0) & (counts <= mask.shape[1])).all():
+        raise ValueError(f"counts must be in 0 to {mask.shape[1]}, the channels of mask, got {counts.tolist()}")
 
 
 def check_backend(backend: str) -> None:
@@ -165,7 +197,7 @@ def check_variant(variant: str | Variant) -> Variant:
 
 # torch.library.custom_op would do the same, but its first call imports torch._dynamo, which takes 2 s.
 _library = torch.library.Library("wsseg_layers", "DEF")
-_PROPAGATE = "(Tensor x, Tensor affinity, int[] dilations, int num_iter, str backend) -> Tensor"
+_PROPAGATE = "(Tensor x, Tensor affinity, int[] dilations, int num_iter, str backend, Tensor? counts=None) -> Tensor"
 _library.define(
     "pamr_affinity(Tensor image, int[] dilations, float weight, int sigma_power, int power, float guard,"
     " bool with_centre, float position_weight, str backend) -> Tensor",
@@ -189,39 +221,59 @@ def _fake_affinity(image: Tensor, dilations: Sequence[int], *numbers_and_backend
     return find_backend(backend, image.device).empty_affinity(image, 8 * len(dilations))
 
 
-def _propagate(x: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, backend: str) -> Tensor:
+def _propagate(
+    x: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, backend: str, counts: Tensor | None = None
+) -> Tensor:
     implementation = find_backend(backend, x.device)
     if num_iter == 0 or x.numel() == 0:
-        return x.clone(memory_format=torch.contiguous_format)
-    return implementation.propagate(x, affinity, dilations, num_iter)
+        return _copy(x, counts)
+    # A backend that takes no counts serves all calls without them.
+    return implementation.propagate(x, affinity, dilations, num_iter, *([] if counts is None else [counts]))
 
 
-def _propagate_transposed(x: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, backend: str) -> Tensor:
+def _propagate_transposed(
+    x: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, backend: str, counts: Tensor | None = None
+) -> Tensor:
     implementation = find_backend(backend, x.device)
     if num_iter == 0 or x.numel() == 0:
+        return _copy(x, counts)
+    return implementation.propagate_transposed(x, affinity, dilations, num_iter, *([] if counts is None else [counts]))
+
+
+def _copy(x: Tensor, counts: Tensor | None) -> Tensor:
+    if counts is None:
         return x.clone(memory_format=torch.contiguous_format)
-    return implementation.propagate_transposed(x, affinity, dilations, num_iter)
+    return keep_first(x, counts).contiguous()
 
 
-def _fake_propagate(x: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, backend: str) -> Tensor:  # noqa: ARG001
+def _fake_propagate(
+    x: Tensor,
+    affinity: Tensor,  # noqa: ARG001
+    dilations: Sequence[int],  # noqa: ARG001
+    num_iter: int,  # noqa: ARG001
+    backend: str,
+    counts: Tensor | None = None,  # noqa: ARG001
+) -> Tensor:
     find_backend(backend, x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    _, affinity, *ctx.settings = inputs
-    ctx.save_for_backward(affinity)
+    _, affinity, *ctx.settings, counts = inputs
+    ctx.save_for_backward(affinity, counts)
 
 
 # Eq. 7 is linear in the masks: the operator and its transpose are each other's gradient.
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (affinity,) = ctx.saved_tensors
-    return torch.ops.wsseg_layers.pamr_propagate_transposed(grad, affinity, *ctx.settings), None, None, None, None
+    affinity, counts = ctx.saved_tensors
+    gradient = torch.ops.wsseg_layers.pamr_propagate_transposed(grad, affinity, *ctx.settings, counts)
+    return gradient, None, None, None, None, None
 
 
 def _backward_of_transposed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (affinity,) = ctx.saved_tensors
-    return torch.ops.wsseg_layers.pamr_propagate(grad, affinity, *ctx.settings), None, None, None, None
+    affinity, counts = ctx.saved_tensors
+    gradient = torch.ops.wsseg_layers.pamr_propagate(grad, affinity, *ctx.settings, counts)
+    return gradient, None, None, None, None, None
 
 
 for _name, _kernel, _fake in (
@@ -243,39 +295,51 @@ class _Propagate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, transposed: bool, backend: str
+        x: Tensor,
+        affinity: Tensor,
+        counts: Tensor | None,
+        dilations: Sequence[int],
+        num_iter: int,
+        backend: str,
+        transposed: bool,
     ) -> Tensor:
         operators = torch.ops.wsseg_layers
         operator = operators.pamr_propagate_transposed if transposed else operators.pamr_propagate
-        return operator(x, affinity, dilations, num_iter, backend)
+        return operator(x, affinity, dilations, num_iter, backend, counts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        _, affinity, *ctx.settings = inputs
-        ctx.save_for_backward(affinity)
-        ctx.save_for_forward(affinity)
+        _, affinity, counts, *ctx.settings = inputs
+        ctx.save_for_backward(affinity, counts)
+        ctx.save_for_forward(affinity, counts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (affinity,) = ctx.saved_tensors
-        dilations, num_iter, transposed, backend = ctx.settings
-        gradient = _Propagate.apply(grad, affinity, dilations, num_iter, not transposed, backend)
-        return gradient, None, None, None, None, None
+        *settings, transposed = ctx.settings
+        gradient = _Propagate.apply(grad, *ctx.saved_tensors, *settings, not transposed)
+        return gradient, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (affinity,) = ctx.saved_tensors
-        return _Propagate.apply(tangent, affinity, *ctx.settings)
+        return _Propagate.apply(tangent, *ctx.saved_tensors, *ctx.settings)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, affinity: Tensor, *settings: Any) -> Any:
-        """Return the propagation of [V, B, C, H, W]: V joins the batch, or the channels if they share an affinity."""
-        x_dim, affinity_dim, *_ = in_dims
-        x = x.movedim(x_dim, 0) if x_dim is not None else x.expand(info.batch_size, *x.shape)
-        if affinity_dim is None:
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, affinity: Tensor, counts: Tensor | None, *settings: Any
+    ) -> tuple[Tensor, int]:
+        """Propagate [V, B, C, H, W]: V joins the channels where all share an affinity, and the batch elsewhere."""
+        x_dim, affinity_dim, counts_dim, *_ = in_dims
+        size = info.batch_size
+
+        def first(operand: Tensor, dim: int | None) -> Tensor:
+            return operand.expand(size, *operand.shape) if dim is None else operand.movedim(dim, 0)
+
+        x = first(x, x_dim)
+        if affinity_dim is None and counts is None:
             joined = x.transpose(0, 1).flatten(1, 2)  # [V, B, C, H, W] -> [B, V * C, H, W]
-            result = _Propagate.apply(joined, affinity, *settings)
-            return result.unflatten(1, (info.batch_size, x.shape[2])).transpose(0, 1), 0
-        affinity = affinity.movedim(affinity_dim, 0).flatten(0, 1)  # [V, B, N, H, W] -> [V * B, N, H, W]
-        result = _Propagate.apply(x.flatten(0, 1), affinity, *settings)
-        return result.unflatten(0, (info.batch_size, x.shape[1])), 0
+            result = _Propagate.apply(joined, affinity, None, *settings)
+            return result.unflatten(1, (size, x.shape[2])).transpose(0, 1), 0
+        affinity = first(affinity, affinity_dim).flatten(0, 1)  # [V, B, N, H, W] -> [V * B, N, H, W]
+        counts = counts if counts is None else first(counts, counts_dim).flatten()  # [V, B] -> [V * B]
+        result = _Propagate.apply(x.flatten(0, 1), affinity, counts, *settings)
+        return result.unflatten(0, (size, x.shape[1])), 0

@@ -2,7 +2,11 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from voc.backbones import build_backbone
@@ -10,6 +14,7 @@ from voc.inference import normalise
 from voc.model import SingleStageNet
 
 from tests.test_calls import LAYERS, each_layer
+from wsseg_layers import PAMR, PAR
 
 DYNAMIC = torch.export.Dim.DYNAMIC
 
@@ -50,6 +55,45 @@ def test_compile_with_dynamic_sizes(layer: str) -> None:
         for size in ((3, 17, 12), (4, 11, 30)):
             others = [resized(x, *size) for x in inputs]
             torch.testing.assert_close(compiled(*others), module(*others))
+
+
+REFINEMENTS: dict[str, Callable[..., nn.Module]] = {
+    "PAMR": PAMR,
+    "PAMR, eager": partial(PAMR, backend="eager"),
+    "PAMR, eq. 8": partial(PAMR, variant="paper"),
+    "PAR": PAR,
+}
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("name", REFINEMENTS)
+@pytest.mark.filterwarnings("ignore")  # the exporters warn about themselves
+def test_onnx(name: str, dynamo: bool, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    module = REFINEMENTS[name](num_iter=2, dilations=[1, 2, 12])
+    inputs = torch.rand(2, 3, 9, 11), torch.rand(2, 4, 5, 6)
+    names, sizes = ["image", "masks"], ({0: "b", 2: "h", 3: "w"}, {0: "b", 2: "u", 3: "v"})
+    dynamic: dict[str, Any] = (
+        {"dynamic_shapes": sizes} if dynamo else {"dynamic_axes": dict(zip(names, sizes, strict=True))}
+    )
+    path = tmp_path / "refinement.onnx"
+    torch.onnx.export(module, inputs, path, dynamo=dynamo, input_names=names, verbose=False, **dynamic)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for image, masks in (inputs, (torch.rand(1, 3, 13, 10), torch.rand(1, 4, 7, 7))):
+        feeds = [x.name for x in session.get_inputs()]
+        (actual,) = session.run(None, dict(zip(feeds, (image.numpy(), masks.numpy()), strict=True)))
+        torch.testing.assert_close(torch.from_numpy(actual), module(image, masks), rtol=1e-5, atol=1e-5)
+
+
+def test_the_eager_backend_exports_plain_operations() -> None:
+    module = PAMR(2, [1, 2], backend="eager")
+    inputs = torch.rand(1, 3, 6, 7), torch.rand(1, 2, 6, 7)
+    exported = torch.export.export(module, inputs).run_decompositions()
+    targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert targets
+    assert not [target for target in targets if "wsseg_layers" in target]
+    torch.testing.assert_close(exported.module()(*inputs), module(*inputs))
 
 
 class Inference(nn.Module):

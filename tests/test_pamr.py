@@ -41,7 +41,8 @@ def refined(image: Tensor, mask: Tensor, num_iter: int, dilations: list[int], va
 def test_smoke(device: torch.device) -> None:
     module = PAMR().to(device)
     assert repr(module) == (
-        "PAMR(num_iter=10, dilations=(1, 2, 4, 8, 12, 24), variant='pamr', resize='mask', backend='auto')"
+        "PAMR(num_iter=10, dilations=(1, 2, 4, 8, 12, 24), variant='pamr', resize='mask', backend='auto',"
+        " affinity_dtype=torch.float32)"
     )
     mask = module(torch.rand(1, 3, 8, 9, device=device), torch.rand(1, 2, 8, 9, device=device))
     assert mask.device.type == device.type
@@ -326,7 +327,9 @@ def test_exception() -> None:
         pamr(image, mask.long())
     with pytest.raises(TypeError, match=r"image must be a floating-point tensor, got torch\.uint8"):
         pamr((255 * image).byte(), mask)
-    with pytest.raises(ValueError, match=r"image and mask must have the same batch size, .*image \[2, .*mask \[1, "):
+    with pytest.raises(
+        ValueError, match=r"mask must have the same batch size as image, or a multiple .*mask \[1, .*image \[2, "
+    ):
         pamr(image, mask[:1])
     with pytest.raises(ValueError, match="image and mask must be on one device, got image on cpu, mask on meta"):
         pamr(image, mask.to("meta"))
@@ -353,7 +356,7 @@ def test_exception_affinity_and_propagate() -> None:
         module.affinity((255 * image).byte())
     with pytest.raises(ValueError, match="mask and affinity must have the same height and width"):
         module.propagate(mask[:, :, :4], affinity)
-    with pytest.raises(ValueError, match="mask and affinity must have the same batch size"):
+    with pytest.raises(ValueError, match="mask must have the same batch size as affinity, or a multiple of it"):
         module.propagate(mask[:1], affinity)
     with pytest.raises(ValueError, match="affinity must have 8 channels for each of 2 dilations"):
         module.propagate(mask, affinity[:, :8])

@@ -30,7 +30,7 @@ def test_smoke(device: torch.device) -> None:
     module = PAR().to(device)
     assert repr(module) == (
         "PAR(dilations=(1, 2, 4, 8, 12, 24), num_iter=10, renormalise=False, resize='mask', backend='auto',"
-        " w1=0.3, w2=0.01, guard=1e-08)"
+        " w1=0.3, w2=0.01, guard=1e-08, affinity_dtype=torch.float32)"
     )
     masks = module(torch.rand(1, 3, 8, 9, device=device), torch.rand(1, 2, 8, 9, device=device))
     assert masks.device.type == device.type
@@ -163,7 +163,7 @@ def test_exception() -> None:
         par(imgs[0], masks)
     with pytest.raises(TypeError, match=r"masks must be a floating-point tensor, got torch\.int64"):
         par(imgs, masks.long())
-    with pytest.raises(ValueError, match="imgs and masks must have the same batch size"):
+    with pytest.raises(ValueError, match="masks must have the same batch size as imgs, or a multiple of it"):
         par(imgs, masks[:1])
     with pytest.raises(ValueError, match="imgs and masks must be on one device, got imgs on cpu, masks on meta"):
         par(imgs, masks.to("meta"))

@@ -1,7 +1,7 @@
 """Layers of weakly supervised semantic segmentation.
 
-The layers of Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, and PAR, the
-refinement of Ru et al., CVPR 2022, that follows from them.
+The layers of Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, and PAR, the mask
+refinement of Ru et al., CVPR 2022, which uses the propagation of PAMR with another affinity.
 """
 
 from pathlib import Path

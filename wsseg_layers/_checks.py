@@ -116,5 +116,17 @@ def check_same_batch(*named: tuple[str, Tensor]) -> None:
         raise ValueError(f"{_names(named)} must have the same batch size, got {sizes}")
 
 
+def check_multiple_batch(named: tuple[str, Tensor], named_other: tuple[str, Tensor]) -> None:
+    """Refuse a tensor whose batch size is no multiple of that of another, both given as pairs (name, tensor)."""
+    (name, tensor), (other_name, other) = named, named_other
+    if tensor.shape[0] == other.shape[0]:
+        return
+    if other.shape[0] == 0 or tensor.shape[0] == 0 or tensor.shape[0] % other.shape[0]:
+        raise ValueError(
+            f"{name} must have the same batch size as {other_name}, or a multiple of it,"
+            f" got {name} {list(tensor.shape)}, {other_name} {list(other.shape)}"
+        )
+
+
 def _names(named: Sequence[tuple[str, Tensor]]) -> str:
     return " and ".join(name for name, _ in named)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the inputs' common dtype, but never less than float32."""
+    """Return the common dtype of the inputs, but at least float32."""
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
@@ -17,7 +17,7 @@ def autocasts(device: torch.device) -> bool:
 
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the inputs' common dtype, or the working dtype under autocast, as PyTorch's own reductions do."""
+    """Return the common dtype of the inputs; under autocast the working dtype, as in reductions of PyTorch."""
     if autocasts(tensors[0].device):
         return working_dtype(*tensors)
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))

@@ -1,68 +1,143 @@
 """What the two mask refinements, PAMR and PAR, have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import (
+    DTYPES,
     check_choice,
     check_count,
     check_dilations,
     check_maps,
+    check_multiple_batch,
     check_pixels,
-    check_same_batch,
     check_same_device,
 )
+from .kernels import BackendName, pamr_propagate
 from .kernels.operators import check_backend
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 Resize = Literal["mask", "image", "none"]
+Absent = Literal["zero", "keep"]
 
 
-def check_settings(num_iter: int, dilations: Sequence[int], resize: str, backend: str) -> tuple[int, ...]:
+def check_settings(
+    num_iter: int, dilations: Sequence[int], resize: str, backend: str, affinity_dtype: torch.dtype
+) -> tuple[int, ...]:
     """Check the arguments that both modules are constructed with; return the dilations as a tuple."""
     check_count("num_iter", num_iter, minimum=0)
     check_choice("resize", resize, get_args(Resize))
     check_backend(backend)
+    check_affinity_dtype(affinity_dtype)
     return check_dilations(dilations)
 
 
-def match_sizes(
-    named_image: tuple[str, Tensor], named_mask: tuple[str, Tensor], resize: Resize
-) -> tuple[Tensor, Tensor]:
-    """Resize image or masks where their sizes differ.
+def check_affinity_dtype(affinity_dtype: torch.dtype) -> None:
+    """Refuse anything but a floating-point dtype that the operators read."""
+    if affinity_dtype not in DTYPES:
+        raise ValueError(f"affinity_dtype must be one of {', '.join(map(str, DTYPES))}, got {affinity_dtype!r}")
+
+
+def refine(
+    named_image: tuple[str, Tensor],
+    named_mask: tuple[str, Tensor],
+    compute_affinity: Callable[[Tensor], Tensor],
+    dilations: Sequence[int],
+    num_iter: int,
+    resize: Resize,
+    backend: BackendName,
+    classes: Tensor | None,
+    absent: Absent,
+) -> Tensor:
+    """Refine masks [B * V, C, h, w] with the affinity of images [B, K, H, W].
 
     Args:
-        named_image: the caller's name of the image, and the image [B, K, H, W].
-        named_mask: the caller's name of the masks, and the masks [B, C, h, w].
-        resize: what is resized: "mask", "image", or "none" where different sizes are an error.
+        named_image: the caller's name of the image, and the image.
+        named_mask: the caller's name of the masks, and the masks. V masks of an image follow each other.
+        compute_affinity: returns the affinity [B, N, H, W] of an image, after the image was resized.
+        dilations: positive integers.
+        num_iter: number of iterations.
+        resize: what is resized if sizes differ: "mask", "image" or "none".
+        backend: name of the backend.
+        classes: bool [B * V, C], the channels to refine; None for all.
+        absent: what the result holds in other channels: "zero" or "keep" (the masks, resized).
 
     Returns:
-        Image and masks, of the same height and width.
+        Masks [B * V, C, H, W].
     """
     check_choice("resize", resize, get_args(Resize))
+    (image_name, image), (mask_name, mask) = named_image, named_mask
     for name, maps in (named_image, named_mask):
         check_maps(name, maps)
         check_pixels(name, maps)
-    check_same_batch(named_image, named_mask)
     check_same_device(named_image, named_mask)
-    (image_name, image), (mask_name, mask) = named_image, named_mask
-    if image.shape[2:] == mask.shape[2:]:
-        return image, mask
-    if resize == "mask":
-        return image, _resize_as(mask, image)
+    check_multiple_batch(named_mask, named_image)
+    if resize == "none" and image.shape[2:] != mask.shape[2:]:
+        raise ValueError(
+            f"{mask_name} must have the height and width of {image_name} {list(image.shape)} when resize='none',"
+            f" got shape {list(mask.shape)}"
+        )
     if resize == "image":
-        return _resize_as(image, mask), mask
-    raise ValueError(
-        f"{mask_name} must have the height and width of {image_name} {list(image.shape)} when resize='none',"
-        f" got shape {list(mask.shape)}"
-    )
+        image = resize_to(image, mask.shape[2:])
+    size = image.shape[2:]
+    affinity = compute_affinity(image)
+    if classes is None:
+        return pamr_propagate(resize_to(mask, size), affinity, dilations, num_iter, backend)
+
+    check_classes(classes, named_mask)
+    check_choice("absent", absent, get_args(Absent))
+    shape = (image.shape[0], -1)  # [B * V, C] -> [B, V * C]: all masks of an image in one row
+    index, counts = present_first(classes.reshape(shape))
+    flat = mask.reshape(*shape, *mask.shape[2:])
+    packed = resize_to(flat.gather(1, spread(index, mask.shape[2:])), size)  # [B, M, H, W]
+    refined = pamr_propagate(packed, affinity, dilations, num_iter, backend, counts)
+    result = refined.new_zeros(*flat.shape[:2], *size).scatter(1, spread(index, size), refined)
+    result = result.reshape(*mask.shape[:2], *size)
+    if absent == "keep":
+        return torch.where(classes[:, :, None, None], result, resize_to(mask, size))
+    return result
 
 
-def _resize_as(maps: Tensor, other: Tensor) -> Tensor:
-    return F.interpolate(maps, size=other.shape[2:], mode="bilinear", align_corners=True)
+def check_classes(classes: Tensor, named_mask: tuple[str, Tensor]) -> None:
+    """Refuse anything but a bool tensor [B, C], given masks [B, C, h, w] as a pair (name, tensor)."""
+    name, mask = named_mask
+    if not isinstance(classes, Tensor) or classes.dtype != torch.bool:
+        given = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
+        raise TypeError(f"classes must be a torch.bool tensor, got {given}")
+    if classes.shape != mask.shape[:2]:
+        raise ValueError(f"classes must be [B, C] for {name} {list(mask.shape)}, got shape {list(classes.shape)}")
+    check_same_device((name, mask), ("classes", classes))
+
+
+def present_first(classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, for a bool [B, C], the channels of every image with the present ones first, and how many are present.
+
+    Returns:
+        Indices [B, M] and counts [B], int64. M is the largest count on a CPU. It is C on other devices, where reading
+        the counts would wait for the device, and in compiled code, where shapes do not depend on data.
+    """
+    counts = classes.sum(dim=1)
+    index = classes.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if classes.device.type == "cpu" and counts.numel() > 0 and not traced:
+        index = index[:, : max(1, int(counts.max()))]
+    return index, counts
+
+
+def spread(index: Tensor, size: Sequence[int]) -> Tensor:
+    """Return indices [B, M] as [B, M, h, w], for `gather` and `scatter`."""
+    return index[:, :, None, None].expand(-1, -1, *size)
+
+
+def resize_to(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize maps [B, C, h, w] bilinearly, corners aligned, unless they have the size already."""
+    if maps.shape[2:] == torch.Size(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 class StatelessRefinement(nn.Module):

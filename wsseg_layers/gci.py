@@ -1,6 +1,7 @@
-"""Global cue injection: scales and shifts shallow features by what the deep features say of the whole image.
+"""Global cue injection (GCI): scales and shifts shallow features by cues from the deep features of the whole image.
 
 Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, section 3.4.
+https://arxiv.org/abs/2005.08104
 """
 
 from typing import Literal
@@ -27,21 +28,21 @@ def global_cue_injection(shallow: Tensor, cues: Tensor, eps: float = 1e-5) -> Te
 
     .. math:: x^{(s)*} = \mathrm{ReLU}\left( z \, \frac{x^{(s)} - \mu(x^{(s)})}{\sigma(x^{(s)})} + b \right)
 
-    z and b are the two halves of the cues' maximum over space. Mean and (biased) variance are those of every channel of
-    every image, taken in float32 at least; `eps` is added to the variance, as in `torch.nn.InstanceNorm2d`.
+    z and b are the two halves of the maximum of the cues over space. Mean and (biased) variance are computed per image
+    and channel, at least in float32; `eps` is added to the variance, as in `torch.nn.InstanceNorm2d`.
 
     Args:
         shallow: shallow features, [B, C, h, w].
-        cues: the deep features after the convolution that doubles their channels, [B, 2C, h', w'].
-        eps: keeps the division finite on a constant channel; at least 0.
+        cues: deep features after the convolution that doubles their channels, [B, 2C, h', w'].
+        eps: keeps the division finite where a channel is constant; at least 0.
 
     Returns:
         Augmented shallow features, [B, C, h, w], in the dtype of `shallow`.
 
     Raises:
         TypeError: `shallow` or `cues` is no floating-point tensor.
-        ValueError: their batch sizes or devices differ, `cues` has not twice the channels of `shallow`, a dimension is
-            empty, or `eps` is negative.
+        ValueError: their batch sizes or devices differ, `cues` does not have twice the channels of `shallow`, a
+            dimension is empty, or `eps` is negative.
 
     Source:
         Araslanov and Roth, CVPR 2020, eq. 11.
@@ -64,13 +65,13 @@ def global_cue_injection(shallow: Tensor, cues: Tensor, eps: float = 1e-5) -> Te
         )
     dtype = working_dtype(shallow)
     scale, shift = _pool_cues(cues.to(dtype))
-    # One group a channel: instance_norm without its refusal of a single pixel.
+    # One group per channel is instance_norm, which refuses maps of a single pixel.
     normalised = torch.group_norm(shallow.to(dtype), shallow.shape[1], eps=float(eps))
     return torch.relu(scale * normalised + shift).to(shallow.dtype)  # eq. 11
 
 
 class GCI(nn.Module):
-    """Global cue injection: shallow features that know what is in the image, yet see no further than before.
+    """Global cue injection: modulates shallow features by a global summary of the deep features.
 
     `norm="batch"`, the default, is the form in the authors' published network:
         deep -> 1x1 convolution to 2C channels -> BatchNorm -> ReLU -> maximum over space -> (gamma, beta);
@@ -80,7 +81,7 @@ class GCI(nn.Module):
         deep -> 1x1 convolution to 2C channels -> maximum over space -> (z, b);
         shallow -> 1x1 convolution to C channels, only if it has another number -> eq. 11 -> 1x1 convolution.
 
-    The deep features enter through their maximum only: their spatial size is free.
+    Only the maximum of the deep features over space is used, so they may have any height and width.
 
     Args:
         in_channels: channels C of the deep features.
@@ -134,7 +135,7 @@ class GCI(nn.Module):
             self.deep = nn.Conv2d(in_channels, 2 * in_channels, 1)
             self.shallow = nn.Identity()
             if shallow_channels != in_channels:
-                # No bias: the normalisation that follows would take it out again.
+                # No bias: the normalisation that follows removes it.
                 self.shallow = nn.Conv2d(shallow_channels, in_channels, 1, bias=False)
             self.project = nn.Conv2d(in_channels, out_channels, 1)
 
@@ -160,7 +161,7 @@ class GCI(nn.Module):
         if self.norm == "instance":
             return self.project(global_cue_injection(features, cues))
         gamma, beta = _pool_cues(cues)
-        return self.project(torch.relu(features * (gamma + 1) + beta))
+        return self.project(torch.relu(features * (gamma + 1) + beta))  # eq. 11, z = gamma + 1 and batch statistics
 
     def extra_repr(self) -> str:
         """Return what `print(module)` shows."""
@@ -183,7 +184,7 @@ class GCI(nn.Module):
 
 
 def _pool_cues(cues: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the two halves [B, C, 1, 1] of the cues' maximum over space: what scales, and what shifts."""
-    # The gradient goes to one pixel, as in max pooling; amax would spread it over ties, at twice the time.
+    """Return z and b of eq. 11, [B, C, 1, 1] each: the two halves of the maximum of the cues over space."""
+    # max sends the gradient to one pixel, as max pooling does; amax spreads it over ties and takes twice the time.
     scale, shift = cues.flatten(2).max(dim=2).values[:, :, None, None].chunk(2, dim=1)
     return scale, shift

@@ -1,6 +1,7 @@
 """Normalised global weighted pooling: class scores from pixel scores and masks.
 
 Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, section 3.2.
+https://arxiv.org/abs/2005.08104
 """
 
 from torch import Tensor, nn
@@ -10,19 +11,20 @@ from ._dtypes import result_dtype, working_dtype
 
 
 def ngwp_pool(scores: Tensor, masks: Tensor, eps: float = 1.0) -> Tensor:
-    r"""Average each class's pixel scores, weighted by its mask (eq. 3).
+    r"""Average the pixel scores of each class, weighted by its mask (eq. 3).
 
     .. math:: y_c = \frac{\sum_{ij} m_{cij} \, y_{cij}}{\epsilon + \sum_{ij} m_{cij}}
 
-    The sums and the division are done in float32 at least, whatever the inputs' dtype.
+    Sums and division are computed at least in float32.
 
     Args:
         scores: pixel scores y of the foreground classes, [B, C, h, w].
-        masks: their masks m in [0, 1], [B, C, h, w]: the softmax over background and classes, without the background.
-        eps: pulls the score of a class without a mask to zero; 1 in the paper (appendix B.1 says why).
+        masks: masks m of the foreground classes in [0, 1], [B, C, h, w]: the softmax over background and classes,
+            without the background channel.
+        eps: epsilon, positive; 1 in the paper (see appendix B.1). Moves the score of a class with a small mask to zero.
 
     Returns:
-        Class scores [B, C], in the inputs' common dtype; under autocast in float32 at least.
+        Class scores [B, C], in the common dtype of the inputs; under autocast at least in float32.
 
     Raises:
         TypeError: `scores` or `masks` is no floating-point tensor.
@@ -61,7 +63,7 @@ class nGWPPool(nn.Module):  # noqa: N801 - the paper's spelling
     """Normalised global weighted pooling: the module of `ngwp_pool` (eq. 3).
 
     Args:
-        eps: pulls the score of a class without a mask to zero; 1 in the paper.
+        eps: epsilon; 1 in the paper. Moves the score of a class with a small mask to zero.
 
     Example:
         >>> import torch

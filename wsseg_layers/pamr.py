@@ -6,9 +6,18 @@ https://arxiv.org/abs/2005.08104
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from ._refinement import DILATIONS, Resize, StatelessRefinement, check_settings, match_sizes
+from ._refinement import (
+    DILATIONS,
+    Absent,
+    Resize,
+    StatelessRefinement,
+    check_affinity_dtype,
+    check_settings,
+    refine,
+)
 from .kernels import BackendName, Variant, VariantName, pamr_affinity, pamr_propagate
 from .kernels.operators import check_variant
 
@@ -21,6 +30,9 @@ def pamr(
     variant: VariantName | Variant = "pamr",
     resize: Resize = "mask",
     backend: BackendName = "auto",
+    affinity_dtype: torch.dtype = torch.float32,
+    classes: Tensor | None = None,
+    absent: Absent = "zero",
 ) -> Tensor:
     r"""Replace every pixel of the masks by a weighted mean of its neighbours, `num_iter` times (eq. 7).
 
@@ -42,7 +54,8 @@ def pamr(
 
     Args:
         image: image, [B, K, H, W], any number of channels.
-        mask: masks, [B, C, h, w]. Each channel is refined by itself.
+        mask: masks, [B, C, h, w]. Each channel is refined by itself. With [B * V, C, h, w], V masks in a row belong to
+            one image and share its affinity.
         num_iter: number of iterations, at least 0.
         dilations: positive integers. A dilation may be larger than the image.
         variant: "pamr", "paper", or "par" for the weights of `par`; or a `wsseg_layers.kernels.Variant` with your own
@@ -50,6 +63,11 @@ def pamr(
         resize: what is resized (bilinearly, corners aligned) if the sizes differ: "mask" to the size of the image,
             "image" to the size of the masks, or "none" to make it an error.
         backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.pamr_propagate`.
+        affinity_dtype: dtype in which the weights are stored. float16 halves their memory; each weight then has a
+            relative error of at most 2^-11, and weights below 6e-8 become 0.
+        classes: bool, [B, C], the channels to refine, such as the classes in an image-level label and the background.
+            The others cost no iterations.
+        absent: what the result holds in channels that are not in `classes`: "zero", or "keep" for the given masks.
 
     Returns:
         Refined masks, [B, C, H, W], or [B, C, h, w] with `resize="image"`, in the dtype of `mask`.
@@ -67,9 +85,14 @@ def pamr(
         >>> pamr(image, mask, num_iter=2, dilations=[1, 2, 4]).shape
         torch.Size([1, 21, 64, 48])
     """
-    image, mask = match_sizes(("image", image), ("mask", mask), resize)
-    affinity = pamr_affinity(image, dilations, variant, backend)  # eq. 8
-    return pamr_propagate(mask, affinity, dilations, num_iter, backend)  # eq. 7
+    check_affinity_dtype(affinity_dtype)
+
+    def affinity(image: Tensor) -> Tensor:
+        return pamr_affinity(image, dilations, variant, backend).to(affinity_dtype)  # eq. 8
+
+    return refine(  # eq. 7
+        ("image", image), ("mask", mask), affinity, dilations, num_iter, resize, backend, classes, absent
+    )
 
 
 class PAMR(StatelessRefinement):
@@ -84,6 +107,7 @@ class PAMR(StatelessRefinement):
         variant: "pamr" for the authors' published code, "paper" for eq. 8 as printed; see `pamr` for others.
         resize: what is resized if the sizes differ: "mask" (to the size of the image), "image" or "none".
         backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.pamr_propagate`.
+        affinity_dtype: dtype in which the weights are stored; see `pamr`.
 
     Example:
         >>> import torch
@@ -109,22 +133,35 @@ class PAMR(StatelessRefinement):
         variant: VariantName | Variant = "pamr",
         resize: Resize = "mask",
         backend: BackendName = "auto",
+        affinity_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         check_variant(variant)
         self.num_iter = num_iter
-        self.dilations = check_settings(num_iter, dilations, resize, backend)
+        self.dilations = check_settings(num_iter, dilations, resize, backend, affinity_dtype)
         self.variant = variant
         self.resize: Resize = resize
         self.backend: BackendName = backend
+        self.affinity_dtype = affinity_dtype
 
-    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, image: Tensor, mask: Tensor, classes: Tensor | None = None, absent: Absent = "zero") -> Tensor:
         """Return the masks [B, C, h, w], refined by the image [B, K, H, W]; see `pamr`."""
-        return pamr(image, mask, self.num_iter, self.dilations, self.variant, self.resize, self.backend)
+        return pamr(
+            image,
+            mask,
+            self.num_iter,
+            self.dilations,
+            self.variant,
+            self.resize,
+            self.backend,
+            self.affinity_dtype,
+            classes,
+            absent,
+        )
 
     def affinity(self, image: Tensor) -> Tensor:
-        """Return the weights [B, N, H, W] of an image [B, K, H, W], float32; N = 8 x number of dilations."""
-        return pamr_affinity(image, self.dilations, self.variant, self.backend)
+        """Return the weights [B, N, H, W] of an image [B, K, H, W]; N = 8 x number of dilations."""
+        return pamr_affinity(image, self.dilations, self.variant, self.backend).to(self.affinity_dtype)
 
     def propagate(self, mask: Tensor, affinity: Tensor) -> Tensor:
         """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave."""
@@ -134,5 +171,5 @@ class PAMR(StatelessRefinement):
         """Return what `print(module)` shows."""
         return (
             f"num_iter={self.num_iter}, dilations={self.dilations}, variant={self.variant!r},"
-            f" resize={self.resize!r}, backend={self.backend!r}"
+            f" resize={self.resize!r}, backend={self.backend!r}, affinity_dtype={self.affinity_dtype}"
         )

@@ -6,10 +6,19 @@ CVPR 2022. https://arxiv.org/abs/2203.02664
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ._checks import check_flag, check_maps, check_not_negative, check_pixels, check_positive
-from ._refinement import DILATIONS, Resize, StatelessRefinement, check_settings, match_sizes
+from ._refinement import (
+    DILATIONS,
+    Absent,
+    Resize,
+    StatelessRefinement,
+    check_affinity_dtype,
+    check_settings,
+    refine,
+)
 from .kernels import BackendName, pamr_affinity, pamr_propagate
 from .kernels.variants import GUARD, PAR_W1, PAR_W2, par_variant
 
@@ -25,6 +34,9 @@ def par(
     w1: float = PAR_W1,
     w2: float = PAR_W2,
     guard: float = GUARD,
+    affinity_dtype: torch.dtype = torch.float32,
+    classes: Tensor | None = None,
+    absent: Absent = "zero",
 ) -> Tensor:
     r"""Replace every pixel of the masks by a weighted sum of its neighbours, `num_iter` times.
 
@@ -43,7 +55,7 @@ def par(
 
     Args:
         imgs: images, [B, K, H, W].
-        masks: masks, [B, C, h, w].
+        masks: masks, [B, C, h, w]. With [B * V, C, h, w], V masks in a row belong to one image and share its affinity.
         dilations: positive integers. A dilation may be larger than the image.
         num_iter: number of iterations, at least 0.
         renormalise: divide the weights by 1 + w2, so that the masks keep their range.
@@ -53,6 +65,11 @@ def par(
         w1: factor of sigma in both terms, positive.
         w2: factor of the position term, at least 0; 0 leaves the colour term alone.
         guard: added to sigma, at least 0.
+        affinity_dtype: dtype in which the weights are stored. float16 halves their memory; each weight then has a
+            relative error of at most 2^-11, and weights below 6e-8 become 0.
+        classes: bool, [B, C], the channels to refine, such as the classes in an image-level label and the background.
+            The others cost no iterations.
+        absent: what the result holds in channels that are not in `classes`: "zero", or "keep" for the given masks.
 
     Returns:
         Refined masks, [B, C, H, W], or [B, C, h, w] with `resize="image"`, in the dtype of `masks`.
@@ -70,9 +87,11 @@ def par(
         >>> par(imgs, masks, dilations=[1, 2, 4], num_iter=2).shape
         torch.Size([1, 21, 64, 48])
     """
-    imgs, masks = match_sizes(("imgs", imgs), ("masks", masks), resize)
-    affinity = _affinity(imgs, dilations, renormalise, backend, w1, w2, guard)
-    return pamr_propagate(masks, affinity, dilations, num_iter, backend)
+
+    def affinity(imgs: Tensor) -> Tensor:
+        return _affinity(imgs, dilations, renormalise, backend, w1, w2, guard, affinity_dtype)
+
+    return refine(("imgs", imgs), ("masks", masks), affinity, dilations, num_iter, resize, backend, classes, absent)
 
 
 class PAR(StatelessRefinement):
@@ -90,6 +109,7 @@ class PAR(StatelessRefinement):
         w1: factor of sigma in both terms.
         w2: factor of the position term; 0 leaves the colour term alone.
         guard: added to sigma.
+        affinity_dtype: dtype in which the weights are stored; see `par`.
 
     Example:
         >>> import torch
@@ -111,9 +131,10 @@ class PAR(StatelessRefinement):
         w1: float = PAR_W1,
         w2: float = PAR_W2,
         guard: float = GUARD,
+        affinity_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.dilations = check_settings(num_iter, dilations, resize, backend)
+        self.dilations = check_settings(num_iter, dilations, resize, backend, affinity_dtype)
         check_flag("renormalise", renormalise)
         self.num_iter = num_iter
         self.renormalise = renormalise
@@ -123,8 +144,9 @@ class PAR(StatelessRefinement):
         self.w1 = w1
         self.w2 = w2
         self.guard = guard
+        self.affinity_dtype = affinity_dtype
 
-    def forward(self, imgs: Tensor, masks: Tensor) -> Tensor:
+    def forward(self, imgs: Tensor, masks: Tensor, classes: Tensor | None = None, absent: Absent = "zero") -> Tensor:
         """Return the masks [B, C, h, w], refined by the images [B, K, H, W]; see `par`."""
         return par(
             imgs,
@@ -137,13 +159,18 @@ class PAR(StatelessRefinement):
             self.w1,
             self.w2,
             self.guard,
+            self.affinity_dtype,
+            classes,
+            absent,
         )
 
     def affinity(self, imgs: Tensor) -> Tensor:
-        """Return the weights [B, N, H, W] of images [B, K, H, W], float32; N = 8 x number of dilations."""
+        """Return the weights [B, N, H, W] of images [B, K, H, W]; N = 8 x number of dilations."""
         check_maps("imgs", imgs)
         check_pixels("imgs", imgs)
-        return _affinity(imgs, self.dilations, self.renormalise, self.backend, self.w1, self.w2, self.guard)
+        return _affinity(
+            imgs, self.dilations, self.renormalise, self.backend, self.w1, self.w2, self.guard, self.affinity_dtype
+        )
 
     def propagate(self, masks: Tensor, affinity: Tensor) -> Tensor:
         """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave."""
@@ -155,7 +182,8 @@ class PAR(StatelessRefinement):
         """Return what `print(module)` shows."""
         return (
             f"dilations={self.dilations}, num_iter={self.num_iter}, renormalise={self.renormalise},"
-            f" resize={self.resize!r}, backend={self.backend!r}, w1={self.w1}, w2={self.w2}, guard={self.guard}"
+            f" resize={self.resize!r}, backend={self.backend!r}, w1={self.w1}, w2={self.w2}, guard={self.guard},"
+            f" affinity_dtype={self.affinity_dtype}"
         )
 
 
@@ -167,11 +195,13 @@ def _affinity(
     w1: float,
     w2: float,
     guard: float,
+    affinity_dtype: torch.dtype,
 ) -> Tensor:
+    check_affinity_dtype(affinity_dtype)
     check_flag("renormalise", renormalise)
     _check_numbers(w1, w2, guard)
     affinity = pamr_affinity(imgs, dilations, par_variant(w1, w2, guard), backend)
-    return affinity / (1 + w2) if renormalise else affinity
+    return (affinity / (1 + w2) if renormalise else affinity).to(affinity_dtype)
 
 
 def _check_numbers(w1: float, w2: float, guard: float) -> None:

@@ -1,6 +1,7 @@
 """Focal size penalty: lowers the score of a class whose mask is nearly empty.
 
 Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, section 3.2.
+https://arxiv.org/abs/2005.08104
 """
 
 from torch import Tensor, nn
@@ -14,16 +15,16 @@ def focal_size_penalty(masks: Tensor, p: float = 3.0, lam: float = 0.01) -> Tens
 
     .. math:: (1 - \bar m_c)^p \log(\lambda + \bar m_c), \qquad \bar m_c = \frac{1}{hw} \sum_{ij} m_{cij}
 
-    Mean, power and logarithm are computed in float32 at least. A mean that rounding has lifted above 1 counts as 1,
-    and the power's slope there is taken as zero, so that no `p` gives NaN.
+    Mean, power and logarithm are computed at least in float32. A mean above 1, which rounding can cause, counts as 1.
+    The derivative of the power at 1 is defined as zero, so that no `p` gives NaN.
 
     Args:
         masks: masks m of the foreground classes in [0, 1], [B, C, h, w].
         p: how fast the penalty fades as the mask grows; at least 0.
-        lam: lambda, bounds the penalty of an empty mask by log(lam); positive.
+        lam: lambda, positive. The penalty of an empty mask is log(lam).
 
     Returns:
-        Penalties [B, C], in the dtype of `masks`; under autocast in float32 at least. Add them to the pooled scores.
+        Penalties [B, C], in the dtype of `masks`; under autocast at least in float32. Add them to the pooled scores.
 
     Raises:
         TypeError: `masks` is no floating-point tensor.
@@ -43,12 +44,12 @@ def focal_size_penalty(masks: Tensor, p: float = 3.0, lam: float = 0.01) -> Tens
         raise ValueError(f"masks must have at least one pixel, got shape {list(masks.shape)}")
 
     mean = masks.mean(dim=(2, 3), dtype=working_dtype(masks))  # eq. 16
-    # (1 - mean)^p where 1 - mean > 0; 0^p elsewhere, set apart because the power's gradient is infinite there for p < 1
-    # and the power itself NaN for a mean above 1.
+    # (1 - mean)^p where 1 - mean > 0, else 0^p. Computed apart: at 0 the gradient of the power is infinite for p < 1,
+    # and below 0 the power is NaN.
     rest = 1 - mean
     full = rest <= 0
     focus = rest.masked_fill(full, 1.0).pow(float(p)).masked_fill(full, 0.0**p)
-    penalty = focus * (float(lam) + mean).log()  # eq. 5
+    penalty = focus * (float(lam) + mean).log()  # eq. 5; eq. 4 with p = 0
     return penalty.to(result_dtype(masks))
 
 
@@ -57,7 +58,7 @@ class FocalSizePenalty(nn.Module):
 
     Args:
         p: how fast the penalty fades as the mask grows; 3 in the authors' configuration.
-        lam: lambda, bounds the penalty of an empty mask by log(lam).
+        lam: lambda, the penalty of an empty mask is log(lam).
 
     Example:
         >>> import torch

@@ -1,6 +1,7 @@
 """Stochastic gate: exchanges deep and shallow features at random in training, mixes them in evaluation.
 
 Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020, section 3.4.
+https://arxiv.org/abs/2005.08104
 """
 
 from typing import Literal, get_args
@@ -16,18 +17,18 @@ Mode = Literal["stochastic", "deterministic"]
 def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3, training: bool = True) -> Tensor:
     r"""Mix deep and shallow features, at random (eq. 9) or by their weighted sum (eq. 10).
 
-    In training, with :math:`r \sim \mathrm{Bern}(\psi)` drawn for every element,
+    In training, with :math:`r \sim \mathrm{Bern}(\psi)` drawn per element,
 
     .. math:: x = (1 - r) \, \frac{x^{(d)} - \psi x^{(s)}}{1 - \psi} + r \, x^{(s)},
 
-    whose mean over draws is :math:`x^{(d)}`; otherwise :math:`x = (1 - \psi) x^{(d)} + \psi x^{(s)}`. The draw takes
-    its random numbers from the device's default generator: `torch.manual_seed` repeats it, and so does activation
-    checkpointing. It does not depend on the memory layout of the inputs.
+    whose mean over draws is :math:`x^{(d)}`; otherwise :math:`x = (1 - \psi) x^{(d)} + \psi x^{(s)}`. Random numbers
+    come from the default generator of the device, so `torch.manual_seed` and activation checkpointing repeat them. They
+    do not depend on the memory layout of the inputs.
 
     Args:
         deep: deep features, any shape.
         shallow: shallow features of the same shape.
-        mixing_rate: psi in [0, 1), the share of shallow features. 0 returns `deep`; not training, 1 is allowed.
+        mixing_rate: psi, the share of shallow features, in [0, 1); in evaluation in [0, 1]. 0 returns `deep`.
         training: eq. 9 if True, eq. 10 if False.
 
     Returns:
@@ -61,22 +62,22 @@ def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3, tra
         return deep.to(dtype)
     if not training:
         return (1 - mixing_rate) * deep + mixing_rate * shallow  # eq. 10
-    # Drawn in float32: half precision has too few values below psi for its rate to be exact.
+    # Drawn in float32: half precision has too few values below psi for an exact rate.
     kept = torch.rand(deep.shape, device=deep.device, dtype=torch.float32).ge_(mixing_rate).to(dtype)  # 1 - r
-    # Eq. 9, rearranged: x_s + (1 - r) (x_d - x_s) / (1 - psi).
-    return torch.addcmul(shallow.to(dtype), kept, deep - shallow, value=1 / (1 - mixing_rate))
+    # x_s + (1 - r) (x_d - x_s) / (1 - psi)
+    return torch.addcmul(shallow.to(dtype), kept, deep - shallow, value=1 / (1 - mixing_rate))  # eq. 9, rearranged
 
 
 class StochasticGate(nn.Module):
     """Stochastic gate: the module of `stochastic_gate` (eq. 9 in training, eq. 10 in evaluation).
 
-    It keeps nothing between calls.
+    The module has no state.
 
     Args:
         mixing_rate: psi in [0, 1), the share of shallow features; 0.3 and 0.5 in the paper.
-        mode: "stochastic", or "deterministic" for the ablation of Table 1c that uses eq. 10 in training too. (The paper
-            writes it as r = psi in eq. 9; taken to the letter this cancels the shallow features and returns `deep`,
-            while the text calls it a plain sum of both.)
+        mode: "stochastic", or "deterministic" for the ablation of Table 1c, which uses eq. 10 in training too. (The
+            paper describes it as r = psi in eq. 9. That would cancel the shallow features and return `deep`, but the
+            text calls it a sum of both.)
 
     Example:
         >>> import torch

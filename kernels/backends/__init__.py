@@ -6,13 +6,17 @@ A backend is anything with the functions of `Backend`. To add one, add its folde
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from types import ModuleType
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..variants import Variant
 from . import cpp, eager, triton
+from .eager import decomposition
+
+BackendName = Literal["auto", "triton", "cpp", "eager"]
 
 
 class Backend(Protocol):
@@ -27,10 +31,27 @@ class Backend(Protocol):
     def affinity(self, image: Tensor, dilations: Sequence[int], variant: Variant, out: Tensor) -> None:
         """Fill `out`, from `empty_affinity`, with the affinity of an image [B, K, H, W] (eq. 8)."""
 
-    def propagate(self, mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
-        """Return the masks [B, C, H, W] after `num_iter` iterations of eq. 7, contiguous, in the dtype of `mask`."""
+    def propagate(
+        self,
+        mask: Tensor,
+        affinity: Tensor,
+        dilations: Sequence[int],
+        num_iter: int,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """Return the masks [B, C, H, W] after `num_iter` iterations of eq. 7, contiguous, in the dtype of `mask`.
 
-    def propagate_transposed(self, grad: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
+        With `counts` [B], only the first counts[b] channels of image b are propagated; the others are 0.
+        """
+
+    def propagate_transposed(
+        self,
+        grad: Tensor,
+        affinity: Tensor,
+        dilations: Sequence[int],
+        num_iter: int,
+        counts: Tensor | None = None,
+    ) -> Tensor:
         """Return the transpose of `propagate`, applied to `grad` [B, C, H, W]: the gradient of the masks."""
 
 
@@ -84,6 +105,19 @@ def find_backend(name: str, device: torch.device) -> Backend:
             return backend
         skipped.append(f"{candidate!r} {reason}")
     raise ValueError(f"backend='auto' finds no backend for device {str(device)!r}: {'; '.join(skipped)}")
+
+
+def find_decomposition(name: str) -> ModuleType | None:
+    """Return the functions that an exporter is to trace instead of the operators, or None where it takes these.
+
+    ONNX has no registered operators, and gets plain PyTorch operations. `torch.export` gets them on demand.
+    """
+    if name == "auto" and torch.onnx.is_in_onnx_export():
+        return decomposition
+    is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)  # since PyTorch 2.7
+    if name == "eager" and (is_exporting() or torch.onnx.is_in_onnx_export()):
+        return decomposition
+    return None
 
 
 @functools.cache

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -172,6 +173,37 @@ def test_images_of_a_batch_do_not_mix(backend: BackendName) -> None:
     image = torch.rand(3, 3, 8, 7)
     one_by_one = torch.cat([pamr_affinity(single, [1, 2], backend=backend) for single in image.split(1)])
     torch.testing.assert_close(pamr_affinity(image, [1, 2], backend=backend), one_by_one)
+
+
+def test_a_device_without_float64_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = torch.zeros
+
+    def no_float64(*size: Any, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+        if dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return zeros(*size, dtype=dtype, **options)
+
+    image = torch.rand(1, 3, 9, 8)
+    expected = pamr_affinity(image, [1, 2], "par", "eager")
+    affinities._has_float64.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", no_float64)
+        assert affinities.affinity_dtype(VARIANTS["par"], image.device) == torch.float32
+    torch.testing.assert_close(pamr_affinity(image, [1, 2], "par", "eager"), expected, rtol=1e-3, atol=1e-5)
+    affinities._has_float64.cache_clear()
+    assert affinities.affinity_dtype(VARIANTS["par"], image.device) == torch.float64
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_what_is_not_finite_makes_a_neighbourhood_nan(backend: BackendName, variant: VariantName, value: float) -> None:
+    image = torch.rand(1, 3, 9, 9)
+    image[0, 1, 4, 4] = value
+    affinity = pamr_affinity(image, [1, 3], variant, backend)
+    reached = affinity.isnan().any(dim=1)
+    assert torch.equal(affinity.isnan().all(dim=1), reached)
+    assert reached.sum() == 17  # the pixel and its 16 neighbours
 
 
 def test_is_a_constant_for_autograd() -> None:

@@ -102,7 +102,7 @@ def test_affinity_says_what_is_wrong(error: type[Exception], message: str, argum
         (TypeError, "affinity must be a floating-point tensor, got torch.bool", {"affinity": AFFINITY > 0}),
         (ValueError, r"affinity must have 4 dimensions .*\[16, 5, 6\]", {"affinity": AFFINITY[0]}),
         (ValueError, "affinity must have 8 channels for each of 1 dilations", {"dilations": [1]}),
-        (ValueError, "mask and affinity must have the same batch size", {"affinity": AFFINITY[:1]}),
+        (ValueError, "mask must have the same batch size as affinity, or a multiple of it", {"mask": MASK[:1]}),
         (ValueError, "mask and affinity must have the same height and width", {"affinity": AFFINITY[:, :, 1:]}),
         (ValueError, "mask and affinity must be on one device, .* on meta", {"affinity": AFFINITY.to("meta")}),
         (ValueError, "affinity must not require a gradient", {"affinity": AFFINITY.clone().requires_grad_()}),

@@ -1,5 +1,6 @@
 """The affinity in plain PyTorch, for every device: running sums over shifted views of the image."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -8,20 +9,34 @@ from torch import Tensor
 from ...neighbourhood import neighbour_offsets, pad, shifted_views, within
 from ...variants import Variant, position_affinity
 
-# On the CPU, the softmax is taken of so many pixels at a time and stored pixel by pixel while it is in the cache.
+# On CPUs the softmax runs on blocks of this many pixels, which stay in the cache until they are stored channels-last.
 SOFTMAX_PIXELS = 8192
 
 
 def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Tensor) -> None:
-    """Fill `out` [B, N, H, W], of any strides, with the affinity of an image [B, K, H, W]."""
-    in_double = variant.in_double and image.device.type != "mps"  # which has no float64
-    similarity = _similarity(image.double() if in_double else image.float(), dilations, variant)
+    """Fill `out` [B, N, H, W], of any strides, with the affinity of an image [B, K, H, W] (eq. 8)."""
+    similarity = _similarity(image.to(affinity_dtype(variant, image.device)), dilations, variant)
     position = None
     if variant.position_weight:
         position = position_affinity(neighbour_offsets(dilations), variant).to(similarity)[:, None, None]
     rows = max(1, SOFTMAX_PIXELS // image.shape[3]) if image.device.type == "cpu" else image.shape[2]
     for block, weights in zip(similarity.split(rows, dim=2), out.split(rows, dim=2), strict=True):
-        weights.copy_(block.softmax(dim=1) if position is None else block.softmax(dim=1) + position)
+        alpha = block.softmax(dim=1)  # eq. 8: alpha of the kernel k
+        weights.copy_(alpha if position is None else alpha + position)
+
+
+def affinity_dtype(variant: Variant, device: torch.device) -> torch.dtype:
+    """Return the dtype that a variant is computed in on a device."""
+    return torch.float64 if variant.in_double and _has_float64(device.type) else torch.float32
+
+
+@functools.cache
+def _has_float64(device_type: str) -> bool:
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device_type)
+    except (TypeError, RuntimeError, NotImplementedError):  # MPS raises a TypeError, others a RuntimeError
+        return False
+    return True
 
 
 def _similarity(image: Tensor, dilations: Sequence[int], variant: Variant) -> Tensor:
