@@ -92,7 +92,8 @@ def test_the_platform_is_true(installed: Any) -> None:
 
 
 CODE = """
-import os, shutil, sys, warnings
+import shutil, warnings
+from pathlib import Path
 warnings.simplefilter("error")
 import torch
 from wsseg_layers.kernels import pamr_affinity, pamr_propagate
@@ -104,7 +105,7 @@ affinity = pamr_affinity(image, [1, 5])
 refined = pamr_propagate(mask, affinity, [1, 5], 3)
 torch.testing.assert_close(affinity, pamr_affinity(image, [1, 5], backend="eager"))
 torch.testing.assert_close(refined, pamr_propagate(mask, affinity, [1, 5], 3, "eager"))
-maps = {line.split()[-1] for line in open("/proc/self/maps") if ".so" in line}
+maps = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
 print(library.load()._name, len([name for name in maps if "libgomp" in name]))
 """
 
