@@ -1,7 +1,7 @@
 """What the two mask refinements, PAMR and PAR, have in common."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from ._checks import (
     check_pixels,
     check_same_device,
 )
-from .kernels import BackendName, pamr_propagate
 from .kernels.operators import check_backend
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -42,61 +41,68 @@ def check_affinity_dtype(affinity_dtype: torch.dtype) -> None:
         raise ValueError(f"affinity_dtype must be one of {', '.join(map(str, DTYPES))}, got {affinity_dtype!r}")
 
 
-def refine(
-    named_image: tuple[str, Tensor],
-    named_mask: tuple[str, Tensor],
-    compute_affinity: Callable[[Tensor], Tensor],
-    dilations: Sequence[int],
-    num_iter: int,
-    resize: Resize,
-    backend: BackendName,
-    classes: Tensor | None,
-    absent: Absent,
-) -> Tensor:
-    """Refine masks [B * V, C, h, w] with the affinity of images [B, K, H, W].
-
-    Args:
-        named_image: the caller's name of the image, and the image.
-        named_mask: the caller's name of the masks, and the masks. V masks of an image follow each other.
-        compute_affinity: returns the affinity [B, N, H, W] of an image, after the image was resized.
-        dilations: positive integers.
-        num_iter: number of iterations.
-        resize: what is resized if sizes differ: "mask", "image" or "none".
-        backend: name of the backend.
-        classes: bool [B * V, C], the channels to refine; None for all.
-        absent: what the result holds in other channels: "zero" or "keep" (the masks, resized).
+def match_image(named_image: tuple[str, Tensor], named_mask: tuple[str, Tensor], resize: Resize) -> Tensor:
+    """Check an image [B, K, H, W] and masks [B * V, C, h, w], given as pairs (name, tensor).
 
     Returns:
-        Masks [B * V, C, H, W].
+        The image; resized to the masks if `resize` is "image".
     """
     check_choice("resize", resize, get_args(Resize))
-    (image_name, image), (mask_name, mask) = named_image, named_mask
     for name, maps in (named_image, named_mask):
         check_maps(name, maps)
         check_pixels(name, maps)
     check_same_device(named_image, named_mask)
     check_multiple_batch(named_mask, named_image)
+    (image_name, image), (mask_name, mask) = named_image, named_mask
     if resize == "none" and image.shape[2:] != mask.shape[2:]:
         raise ValueError(
             f"{mask_name} must have the height and width of {image_name} {list(image.shape)} when resize='none',"
             f" got shape {list(mask.shape)}"
         )
-    if resize == "image":
-        image = resize_to(image, mask.shape[2:])
-    size = image.shape[2:]
-    affinity = compute_affinity(image)
-    if classes is None:
-        return pamr_propagate(resize_to(mask, size), affinity, dilations, num_iter, backend)
+    return resize_to(image, mask.shape[2:]) if resize == "image" else image
 
-    check_classes(classes, named_mask)
+
+class Packed(NamedTuple):
+    """The channels of masks that are refined.
+
+    Attributes:
+        masks: [B, M, H, W], the chosen channels of every image first; all masks as they are if no classes are chosen.
+        counts: int64 [B], the number of chosen channels per image, or None.
+        channels: int64 [B, M], the channel of the masks that each packed channel comes from, or None.
+    """
+
+    masks: Tensor
+    counts: Tensor | None
+    channels: Tensor | None
+
+
+def pack_classes(named_mask: tuple[str, Tensor], classes: Tensor | None, image: Tensor, absent: Absent) -> Packed:
+    """Choose channels of masks [B * V, C, h, w], given as a pair (name, tensor), and resize these to the image.
+
+    Args:
+        named_mask: the name of the masks, and the masks.
+        classes: bool [B * V, C], the channels to refine; None for all.
+        image: image, [B, K, H, W].
+        absent: "zero" or "keep"; checked here, used by `unpack_classes`.
+    """
     check_choice("absent", absent, get_args(Absent))
+    _, mask = named_mask
+    if classes is None:
+        return Packed(resize_to(mask, image.shape[2:]), None, None)
+    check_classes(classes, named_mask)
     shape = (image.shape[0], -1)  # [B * V, C] -> [B, V * C]: all masks of an image in one row
     index, counts = present_first(classes.reshape(shape))
-    flat = mask.reshape(*shape, *mask.shape[2:])
-    packed = resize_to(flat.gather(1, spread(index, mask.shape[2:])), size)  # [B, M, H, W]
-    refined = pamr_propagate(packed, affinity, dilations, num_iter, backend, counts)
-    result = refined.new_zeros(*flat.shape[:2], *size).scatter(1, spread(index, size), refined)
-    result = result.reshape(*mask.shape[:2], *size)
+    chosen = mask.reshape(*shape, *mask.shape[2:]).gather(1, spread(index, mask.shape[2:]))
+    return Packed(resize_to(chosen, image.shape[2:]), counts, index)
+
+
+def unpack_classes(refined: Tensor, packed: Packed, mask: Tensor, classes: Tensor | None, absent: Absent) -> Tensor:
+    """Return refined masks [B * V, C, H, W] from packed ones [B, M, H, W]; other channels are 0 or those of `mask`."""
+    if packed.channels is None or classes is None:
+        return refined
+    size, total = refined.shape[2:], classes.numel() // max(1, refined.shape[0])
+    result = refined.new_zeros(refined.shape[0], total, *size).scatter(1, spread(packed.channels, size), refined)
+    result = result.reshape(*mask.shape[:2], *size)  # [B, V * C, H, W] -> [B * V, C, H, W]
     if absent == "keep":
         return torch.where(classes[:, :, None, None], result, resize_to(mask, size))
     return result

@@ -17,7 +17,9 @@ from ._refinement import (
     StatelessRefinement,
     check_affinity_dtype,
     check_settings,
-    refine,
+    match_image,
+    pack_classes,
+    unpack_classes,
 )
 from .kernels import BackendName, pamr_affinity, pamr_propagate
 from .kernels.variants import GUARD, PAR_W1, PAR_W2, par_variant
@@ -87,11 +89,11 @@ def par(
         >>> par(imgs, masks, dilations=[1, 2, 4], num_iter=2).shape
         torch.Size([1, 21, 64, 48])
     """
-
-    def affinity(imgs: Tensor) -> Tensor:
-        return _affinity(imgs, dilations, renormalise, backend, w1, w2, guard, affinity_dtype)
-
-    return refine(("imgs", imgs), ("masks", masks), affinity, dilations, num_iter, resize, backend, classes, absent)
+    imgs = match_image(("imgs", imgs), ("masks", masks), resize)
+    packed = pack_classes(("masks", masks), classes, imgs, absent)
+    affinity = _affinity(imgs, dilations, renormalise, backend, w1, w2, guard, affinity_dtype)
+    refined = pamr_propagate(packed.masks, affinity, dilations, num_iter, backend, packed.counts)
+    return unpack_classes(refined, packed, masks, classes, absent)
 
 
 class PAR(StatelessRefinement):

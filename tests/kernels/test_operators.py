@@ -182,6 +182,16 @@ assert ("triton" in sys.modules) == before"""
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_first_call_imports_no_compiler() -> None:
+    # torch._dynamo alone takes 2 s to import.
+    code = """import sys, torch
+from wsseg_layers import PAMR
+mask = torch.rand(1, 2, 5, 6, requires_grad=True)
+PAMR()(torch.rand(1, 3, 5, 6), mask).sum().backward()
+assert "torch._dynamo" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_examples_in_the_docstrings() -> None:
     # Not by pytest --doctest-modules: it would import kernels/ under a second name and register the operators twice.
     for module in (operators, backends, variants):

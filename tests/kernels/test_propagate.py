@@ -1,6 +1,7 @@
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -214,3 +215,84 @@ def test_gradcheck(shape: tuple[int, ...]) -> None:
 
     assert torch.autograd.gradcheck(refine, mask)
     assert torch.autograd.gradgradcheck(refine, mask)
+
+
+@given(map_shapes(max_batch=3, max_channels=6), dilation_lists, st.integers(0, 3), backends, dtypes, layouts, seeds)
+def test_ragged_channels_equal_one_image_after_the_other(
+    shape: tuple[int, ...],
+    dilations: list[int],
+    num_iter: int,
+    backend: BackendName,
+    dtype: torch.dtype,
+    layout: str,
+    seed: int,
+) -> None:
+    mask = uniform(shape, dtype, layout, seed)
+    affinity = some_weights(mask, dilations, "contiguous", seed)
+    counts = torch.from_numpy(np.random.default_rng(seed).integers(0, shape[1] + 1, shape[0]))
+    actual = pamr_propagate(mask, affinity, dilations, num_iter, backend, counts)
+    assert actual.is_contiguous()
+    for b, count in enumerate(counts.tolist()):
+        assert not actual[b, count:].any()
+        if count:
+            alone = pamr_propagate(mask[b : b + 1, :count], affinity[b : b + 1], dilations, num_iter, backend)
+            assert torch.equal(actual[b, :count], alone[0])
+
+
+@pytest.mark.parametrize("num_iter", [0, 2])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_gradient_of_ragged_channels(backend: BackendName, num_iter: int) -> None:
+    mask = torch.rand(3, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    affinity, counts = pamr_affinity(torch.rand(3, 3, 5, 6), [1, 3]), torch.tensor([2, 0, 4])
+
+    def refine(mask: Tensor) -> Tensor:
+        return pamr_propagate(mask, affinity, [1, 3], num_iter, backend, counts)
+
+    assert torch.autograd.gradcheck(refine, mask)
+    assert torch.autograd.gradgradcheck(refine, mask)
+    torch.testing.assert_close(torch.compile(refine, fullgraph=True, backend="aot_eager")(mask), refine(mask))
+    batched = torch.stack([mask, 2 * mask]).detach()
+    torch.testing.assert_close(torch.vmap(refine)(batched), torch.stack([refine(one) for one in batched]))
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_values_of_absent_channels_do_not_matter(backend: BackendName) -> None:
+    mask, affinity = torch.rand(2, 5, 6, 7), pamr_affinity(torch.rand(2, 3, 6, 7), [1, 2])
+    counts = torch.tensor([3, 1])
+    expected = pamr_propagate(mask, affinity, [1, 2], 2, backend, counts)
+    mask[0, 3:] = torch.nan
+    mask[1, 1:] = torch.inf
+    assert torch.equal(pamr_propagate(mask, affinity, [1, 2], 2, backend, counts), expected)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_one_affinity_serves_several_masks_of_an_image(backend: BackendName) -> None:
+    mask, affinity = torch.rand(6, 4, 5, 7, requires_grad=True), pamr_affinity(torch.rand(2, 3, 5, 7), [1, 2])
+    actual = pamr_propagate(mask, affinity, [1, 2], 3, backend)
+    expected = pamr_propagate(mask, affinity.repeat_interleave(3, dim=0), [1, 2], 3, backend)
+    torch.testing.assert_close(actual, expected)
+    weight = torch.rand_like(expected)
+    gradients = [torch.autograd.grad(result, mask, weight)[0] for result in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "message"),
+    [
+        ([1, 2], TypeError, r"counts must be a torch.int64 tensor, got list"),
+        (torch.tensor([1.0, 2.0]), TypeError, r"counts must be a torch.int64 tensor, got torch.float32"),
+        (
+            torch.tensor([1]),
+            ValueError,
+            r"counts must hold one number per image of mask \[2, 3, 5, 6\].* got shape \[1\]",
+        ),
+        (torch.tensor([1, 4]), ValueError, r"counts must be in 0 to 3, the channels of mask, got \[1, 4\]"),
+        (torch.tensor([-1, 0]), ValueError, r"counts must be in 0 to 3, the channels of mask, got \[-1, 0\]"),
+        (torch.tensor([1, 1], device="meta"), ValueError, r"mask and counts must be on one device"),
+    ],
+)
+def test_says_what_is_wrong_with_counts(counts: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pamr_propagate(torch.rand(2, 3, 5, 6), torch.rand(2, 8, 5, 6), [1], 1, counts=counts)
+    with pytest.raises(ValueError, match="counts must hold one number per image"):
+        pamr_propagate(torch.rand(4, 3, 5, 6), torch.rand(2, 8, 5, 6), [1], 1, counts=torch.ones(4).long())
