@@ -96,7 +96,9 @@ def _open(file: Path) -> ctypes.CDLL:
         propagate.argtypes = (pointer, pointer, pointer, size, neighbours, number, number)
         affinity.restype = propagate.restype = None
     if file.name.endswith("-serial.so"):
-        warnings.warn(f"PAMR and PAR run on one thread: the compiler of {file} has no OpenMP", stacklevel=2)
+        warnings.warn(
+            f"PAMR and PAR run on one thread: the compiler has no OpenMP; when it has, remove {file}", stacklevel=2
+        )
     return library
 
 
@@ -115,8 +117,8 @@ def _load_from_cache(command: list[str], cache: Path) -> ctypes.CDLL:
 
     Home directories are shared by machines, so files are named after everything that a library depends on.
     """
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
-    depends_on = [*command, version, platform.machine(), *platform.libc_ver(), SOURCE.read_text()]
+    _, version, _ = _run([*command, "--version"])
+    depends_on = [*command, version, platform.machine(), *platform.libc_ver(), SOURCE.read_text(encoding="utf-8")]
     key = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
     for name in BUILDS:
         kept = cache / f"{key}-{name}"
@@ -143,11 +145,19 @@ def _compile(command: list[str], folder: Path) -> Path:
     errors = []
     for name, options in BUILDS.items():
         arguments = [*command, *options, str(SOURCE), "-o", str(folder / name)]
-        finished = subprocess.run(arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if finished.returncode == 0:
+        status, _, messages = _run(arguments)
+        if status == 0:
             return folder / name
-        errors.append(f"{shlex.join(arguments)}: {finished.stderr.strip()}")
+        errors.append(f"{shlex.join(arguments)}: {messages}")
     raise OSError(errors[0])
+
+
+def _run(command: list[str]) -> tuple[int, str, str]:
+    """Return the exit status of a command, and what it prints."""
+    finished = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
+    return finished.returncode, finished.stdout.strip(), finished.stderr.strip()
 
 
 def _cache_folder() -> Path:
