@@ -4,6 +4,12 @@ The layers of Araslanov and Roth, "Single-Stage Semantic Segmentation from Image
 refinement of Ru et al., CVPR 2022, which uses the propagation of PAMR with another affinity.
 """
 
+from pathlib import Path
+
+if not Path(__file__).with_name("kernels").is_dir():
+    # Sources without symlinks (git on Windows, an unpacked source distribution): the folder lies beside the package.
+    __path__.append(str(Path(__file__).parents[1]))
+
 from . import functional
 from .gci import GCI
 from .ngwp import nGWPPool
@@ -12,6 +18,6 @@ from .par import PAR
 from .size_penalty import FocalSizePenalty
 from .stochastic_gate import StochasticGate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["GCI", "PAMR", "PAR", "FocalSizePenalty", "StochasticGate", "functional", "nGWPPool"]

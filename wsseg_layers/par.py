@@ -46,8 +46,8 @@ def par(
     softmax over the neighbours:
 
     .. math::
-        \mathrm{softmax}\left(-\Big(\frac{|I_i - I_n|}{w_1 \sigma_i}\Big)^2\right)
-        + w_2 \, \mathrm{softmax}\left(-\Big(\frac{|p_i - p_n|}{w_1 \sigma_p}\Big)^2\right)
+        \mathrm{softmax}\left(-\left(\frac{|I_i - I_n|}{w_1 \sigma_i}\right)^2\right)
+        + w_2 \, \mathrm{softmax}\left(-\left(\frac{|p_i - p_n|}{w_1 \sigma_p}\right)^2\right)
 
     The colour term is averaged over the channels of the image before the softmax. sigma is the unbiased standard
     deviation over the neighbours; `guard` is added to it. The weights sum to 1 + w2, so that with the published w2 of

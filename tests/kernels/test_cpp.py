@@ -1,10 +1,8 @@
-"""What only the C++ of the CPU can get wrong: registers wider than the image, threads, and the compiler itself."""
+"""What only the C++ of the CPU can get wrong: registers wider than the image and threads."""
 
-import ctypes
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,78 +116,6 @@ for height, width, dtype in [(3, 1, torch.float32), (2, 37, torch.float32), (4, 
 """
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-
-
-@pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A process that has not compiled yet, with an empty cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    library.load.cache_clear()
-    yield tmp_path
-    library.load.cache_clear()
-
-
-def refines(library: ctypes.CDLL | None) -> bool:
-    return hasattr(library, "affinity_float") and hasattr(library, "propagate_double")
-
-
-@needs_compiler
-def test_compiles_once_and_keeps_the_result(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refines(library.load())
-    (kept,) = (fresh / "cache" / "wsseg_layers").iterdir()
-    assert kept.suffix == ".so"
-    library.load.cache_clear()
-    monkeypatch.setattr(subprocess, "run", None)  # no second compilation
-    assert refines(library.load())
-
-
-@needs_compiler
-def test_compiles_again_what_does_not_load(fresh: Path) -> None:
-    library.load()
-    (kept,) = (fresh / "cache" / "wsseg_layers").iterdir()
-    kept.unlink()  # what is loaded is not to be written to
-    kept.write_bytes(b"not a library")
-    library.load.cache_clear()
-    assert refines(library.load())
-
-
-@needs_compiler
-def test_compiles_where_nothing_can_be_kept(fresh: Path) -> None:
-    (fresh / "cache").write_text("a file where the folder should be")
-    assert refines(library.load())
-
-
-@needs_compiler
-@pytest.mark.usefixtures("fresh")
-def test_compiles_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_home(path: Path) -> Path:
-        raise RuntimeError(f"Could not determine home directory of {path}.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "expanduser", no_home)
-    assert refines(library.load())
-
-
-@needs_compiler
-@pytest.mark.usefixtures("fresh")
-def test_a_compiler_that_fails_is_reported_and_pytorch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "c++ -no-such-option")
-    with pytest.warns(UserWarning, match="PAMR and PAR fall back to slower PyTorch on CPUs: .*no-such-option"):
-        affinity = pamr_affinity(torch.rand(1, 3, 5, 6), [1, 2])
-    assert affinity.is_contiguous(memory_format=torch.channels_last)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once
-        assert pamr_propagate(torch.rand(1, 7, 5, 6), affinity, [1, 2], 2).shape == (1, 7, 5, 6)
-
-
-@pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize(("platform", "compiler"), [("linux", "no-such-compiler"), ("linux", ""), ("darwin", "c++")])
-def test_no_compiler_is_no_reason_to_complain(platform: str, compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setenv("CXX", compiler)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert library.load() is None
 
 
 @needs_compiler

@@ -25,9 +25,7 @@ def unavailable(device: torch.device) -> str | None:
     """Return why the C++ does not run on a device, or None if it does."""
     if device.type != "cpu":
         return "runs on CPUs only"
-    if library.load() is None:
-        return "needs Linux and a C++ compiler: c++, or the one that the environment variable CXX names"
-    return None
+    return library.problem()
 
 
 def empty_affinity(image: Tensor, neighbours: int) -> Tensor:

@@ -41,20 +41,29 @@ struct Variant {
 
 template <typename Real> struct Types;
 template <> struct Types<float> {
-    typedef float Vector __attribute__((vector_size(REGISTER), aligned(sizeof(float)), may_alias));
+    typedef float Vector __attribute__((vector_size(REGISTER)));
     typedef uint32_t Bits __attribute__((vector_size(REGISTER)));
     static constexpr int fraction = 23, bias = 127, lowest = -87;
 };
 template <> struct Types<double> {
-    typedef double Vector __attribute__((vector_size(REGISTER), aligned(sizeof(double)), may_alias));
+    typedef double Vector __attribute__((vector_size(REGISTER)));
     typedef uint64_t Bits __attribute__((vector_size(REGISTER)));
     static constexpr int fraction = 52, bias = 1023, lowest = -708;
 };
 template <typename Real> using Vector = typename Types<Real>::Vector;
 template <typename Real> constexpr int LANES = REGISTER / sizeof(Real);
 
-template <typename Real> static Vector<Real> &at(Real *address) { return *(Vector<Real> *)address; }
-template <typename Real> static const Vector<Real> &at(const Real *address) { return *(const Vector<Real> *)address; }
+// Addresses are those of any pixel. By memcpy, because a reference to a Vector has its full alignment in clang.
+template <typename Real> static Vector<Real> load(const Real *address)
+{
+    Vector<Real> vector;
+    std::memcpy(&vector, address, sizeof vector);
+    return vector;
+}
+template <typename Real> static void store(Real *address, Vector<Real> vector)
+{
+    std::memcpy(address, &vector, sizeof vector);
+}
 
 // Where a row's next block starts: the last one overlaps the one before, unless it is the only one.
 static int64_t block_start(int64_t x, int64_t block, int64_t width)
@@ -104,12 +113,12 @@ static void weigh(Real (*weights)[BLOCK], const std::vector<const Real *> &rows,
     for (int64_t k = 0; k < size.channels; k++) {
         const int64_t first = k * size.pitch + x;
         V middle[vectors], total[vectors] = {}, squares[vectors] = {}, scale[vectors] = {};
-        for (int v = 0; v < vectors; v++) middle[v] = at(centre + first + v * lanes);
+        for (int v = 0; v < vectors; v++) middle[v] = load(centre + first + v * lanes);
 
         // Moments about the centre: exactly zero where the image is flat, and no cancellation however large its offset.
         for (int64_t n = 0; n < count; n++)
             for (int v = 0; v < vectors; v++) {
-                V difference = at(rows[n] + first + v * lanes) - middle[v];
+                V difference = load(rows[n] + first + v * lanes) - middle[v];
                 total[v] += difference;
                 squares[v] += difference * difference;
             }
@@ -122,27 +131,29 @@ static void weigh(Real (*weights)[BLOCK], const std::vector<const Real *> &rows,
             }
         for (int64_t n = 0; n < count; n++)
             for (int v = 0; v < vectors; v++) {
-                V difference = (at(rows[n] + first + v * lanes) - middle[v]) * scale[v];
-                V &exponent = at(&weights[n][v * lanes]);
-                exponent -= variant.power == 2 ? difference * difference : difference < 0 ? -difference : difference;
+                V difference = (load(rows[n] + first + v * lanes) - middle[v]) * scale[v];
+                Real *exponent = &weights[n][v * lanes];
+                V distance = variant.power == 2 ? difference * difference : difference < 0 ? -difference : difference;
+                store(exponent, load(exponent) - distance);
             }
     }
 
     // Softmax over the neighbours.
     for (int v = 0; v < vectors; v++) {
-        V highest = at(&weights[0][v * lanes]), sum = {};
+        V highest = load(&weights[0][v * lanes]), sum = {};
         for (int64_t n = 1; n < count; n++) {
-            V exponent = at(&weights[n][v * lanes]);
+            V exponent = load(&weights[n][v * lanes]);
             highest = exponent > highest ? exponent : highest;
         }
         for (int64_t n = 0; n < count; n++) {
-            V &weight = at(&weights[n][v * lanes]);
-            weight = exp_of_negative<Real>((weight - highest) / Real(size.channels));
+            Real *exponent = &weights[n][v * lanes];
+            V weight = exp_of_negative<Real>((load(exponent) - highest) / Real(size.channels));
+            store(exponent, weight);
             sum += weight;
         }
         for (int64_t n = 0; n < count; n++) {
-            V &weight = at(&weights[n][v * lanes]);
-            weight = weight / sum + Real(variant.position[n]);
+            Real *weight = &weights[n][v * lanes];
+            store(weight, load(weight) / sum + Real(variant.position[n]));
         }
     }
 }
@@ -179,13 +190,13 @@ static void sum(Real *out, const Real *lowest, const std::vector<const Real *> &
     const int64_t count = rows.size();
     Vector<Real> sums[group] = {};
     for (int64_t n = 0; n < count; n++) {
-        const Vector<Real> weight = at(weights + n * stride);
+        const Vector<Real> weight = load(weights + n * stride);
         __builtin_prefetch(weights + (count + n) * stride);
-        for (int c = 0; c < group; c++) sums[c] += weight * at(rows[n] + first + c * size.pitch);
+        for (int c = 0; c < group; c++) sums[c] += weight * load(rows[n] + first + c * size.pitch);
     }
     for (int c = 0; c < group; c++) {
         const int64_t pixels = first + c * size.pitch;
-        at(out + pixels) = sums[c];
+        store(out + pixels, sums[c]);
         __builtin_prefetch(out + size.channels * size.pitch + pixels, 1);
         __builtin_prefetch(lowest + pixels);
     }

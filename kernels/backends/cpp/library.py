@@ -1,26 +1,32 @@
-"""kernels.cpp, compiled by the machine's own compiler when it is first needed, and kept for the next process."""
+"""kernels.cpp as a loaded library: the compiled one of the wheel, else one made by the machine's own compiler.
+
+The second kind is made when it is first needed, and kept in a cache folder for the next process.
+"""
 
 import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp")
+OPTIONS = ("-std=c++17", "-O3", "-fPIC")
+# What is tried in this order: the file's name, and the options that it needs.
+BUILDS = {"kernels.so": ("-shared", "-fopenmp"), "kernels-serial.so": ("-shared",)}
 # What kernels.cpp computes in, and how its functions are called for it.
 REALS = {torch.float32: "float", torch.float64: "double"}
-# Of processors that PyTorch found to have them, so that a kept library never meets one that has not.
-INSTRUCTIONS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f")}
+# Options per set of instructions, by PyTorch's name for what the processor has. Any other name means the baseline.
+INSTRUCTIONS = {"DEFAULT": (), "AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f")}
 
 
 class Map(ctypes.Structure):
@@ -45,21 +51,43 @@ class Variant(ctypes.Structure):
     )
 
 
-@functools.cache
 def load() -> ctypes.CDLL | None:
-    """Return the compiled library, or None where it cannot be had: elsewhere than on Linux, or without a compiler."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if not (sys.platform == "linux" and compiler and shutil.which(compiler[0])):
-        return None
-    command = [*compiler, *OPTIONS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    """Return the library, or None if there is none; `problem` says why."""
+    return _find()[0]
+
+
+def problem() -> str | None:
+    """Return why there is no library, or None if there is one."""
+    return _find()[1]
+
+
+def shipped(instructions: str) -> Path:
+    """Return where a wheel has the library for a set of instructions."""
+    return SOURCE.with_name(f"kernels-{instructions.lower()}.so")
+
+
+@functools.cache
+def _find() -> tuple[ctypes.CDLL | None, str | None]:
+    """Return the library, or the reason why there is none."""
+    if sys.platform != "linux":
+        return None, "runs on Linux only"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    instructions = instructions if instructions in INSTRUCTIONS else "DEFAULT"
     try:
-        library = _load_or_compile(command)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip()
-        warnings.warn(
-            f"PAMR and PAR fall back to slower PyTorch on CPUs: {shlex.join(command)}: {reason}", stacklevel=2
-        )
-        return None
+        return _open(shipped(instructions)), None
+    except OSError:
+        pass  # a source checkout, or the wheel for all other machines
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        if not compiler or shutil.which(compiler[0]) is None:
+            return None, "needs a C++ compiler: c++, or the one that the environment variable CXX names"
+        return _load_or_compile([*compiler, *OPTIONS, *INSTRUCTIONS[instructions]]), None
+    except (OSError, ValueError) as error:  # ValueError: a quote in CXX that is not closed
+        return None, f"cannot be compiled: {error}"
+
+
+def _open(file: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(file))
     for real in REALS.values():
         affinity, propagate = getattr(library, f"affinity_{real}"), getattr(library, f"propagate_{real}")
         size, neighbours = ctypes.POINTER(Map), ctypes.POINTER(Neighbours)
@@ -67,27 +95,85 @@ def load() -> ctypes.CDLL | None:
         affinity.argtypes = (pointer, pointer, size, neighbours, ctypes.POINTER(Variant), number)
         propagate.argtypes = (pointer, pointer, pointer, size, neighbours, number, number)
         affinity.restype = propagate.restype = None
+    if file.name.endswith("-serial.so"):
+        warnings.warn(
+            f"PAMR and PAR run on one thread: the compiler has no OpenMP; when it has, remove {file}", stacklevel=2
+        )
     return library
 
 
 def _load_or_compile(command: list[str]) -> ctypes.CDLL:
-    key = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    kept = _cache() / f"kernels-{key}.so"
-    with suppress(OSError):
-        return ctypes.CDLL(str(kept))
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = Path(folder, kept.name)
-        subprocess.run([*command, str(SOURCE), "-o", str(compiled)], check=True, capture_output=True, text=True)
-        library = ctypes.CDLL(str(compiled))
-        with suppress(OSError):  # where nothing can be kept, the next process compiles again
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=kept.parent) as beside:  # from where it appears at once and whole
-                shutil.copyfile(compiled, Path(beside, kept.name)).replace(kept)
-    return library
-
-
-def _cache() -> Path:
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "wsseg_layers"
-    except RuntimeError:  # a user without a home, as in some containers, keeps nothing: below a file is no folder
-        return Path(os.devnull) / "wsseg_layers"
+        return _load_from_cache(command, _cache_folder())
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            library = _open(_compile(command, Path(folder)))
+        warnings.warn(f"every process compiles the C++ of PAMR and PAR again: {error}", stacklevel=2)
+        return library
+
+
+def _load_from_cache(command: list[str], cache: Path) -> ctypes.CDLL:
+    """Return the library that an earlier process kept, or compile it and keep it.
+
+    Home directories are shared by machines, so files are named after everything that a library depends on.
+    """
+    _, version, _ = _run([*command, "--version"])
+    depends_on = [*command, version, platform.machine(), *platform.libc_ver(), SOURCE.read_text(encoding="utf-8")]
+    key = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
+    for name in BUILDS:
+        kept = cache / f"{key}-{name}"
+        if kept.exists():
+            try:
+                return _open(kept)
+            except (OSError, AttributeError):
+                kept.unlink()  # not a library, or not the whole
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        compiled = _compile(command, Path(folder))
+        kept = cache / f"{key}-{compiled.name}"
+        try:
+            # The first of several processes wins: on a network's file system, a file in use must not be replaced.
+            kept.hardlink_to(compiled)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            compiled.replace(kept)
+    return _open(kept)
+
+
+def _compile(command: list[str], folder: Path) -> Path:
+    """Compile kernels.cpp into a folder, without OpenMP if the compiler has none, and return the file."""
+    errors = []
+    for name, options in BUILDS.items():
+        arguments = [*command, *options, str(SOURCE), "-o", str(folder / name)]
+        status, _, messages = _run(arguments)
+        if status == 0:
+            return folder / name
+        errors.append(f"{shlex.join(arguments)}: {messages}")
+    raise OSError(errors[0])
+
+
+def _run(command: list[str]) -> tuple[int, str, str]:
+    """Return the exit status of a command, and what it prints."""
+    finished = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
+    return finished.returncode, finished.stdout.strip(), finished.stderr.strip()
+
+
+def _cache_folder() -> Path:
+    """Return the cache folder, made if necessary.
+
+    Raises:
+        OSError: other users could have put a library there.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (base if base.is_absolute() else Path("~/.cache").expanduser()) / "wsseg_layers"
+    if not folder.is_absolute():
+        raise OSError(f"the path of the cache folder is not absolute: {folder}")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid():
+        raise OSError(f"the cache folder {folder} belongs to another user")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(f"other users can write to the cache folder {folder}; after a look at it: chmod go-w {folder}")
+    return folder
