@@ -1,10 +1,9 @@
 """Train the rows of an ablation table of the paper: `python examples/ablate_voc.py --table 1b --data VOC_ROOT`.
 
-Arguments that are not listed here go to train_voc.py, for every row. Rows that are finished are not trained again, and
-one that was interrupted goes on: repeat the command until the table is complete.
+All other arguments are passed to train_voc.py, for every row. Finished rows are not trained again, and an interrupted
+row goes on: repeat the command until the table is complete.
 """
 
-import csv
 import shlex
 import subprocess
 import sys
@@ -15,7 +14,9 @@ from typing import Literal
 
 import tyro
 from voc.arguments import parse_arguments
-from voc.metrics import load_iou_csv, mean_iou
+from voc.evaluation.metrics import mean_iou
+from voc.evaluation.tables import load_iou_csv
+from voc.files.whole import write_csv_whole, write_text_whole
 
 TRAIN = Path(__file__).resolve().parent / "train_voc.py"
 HALF = ["--mixing-rate", "0.5"]  # Tables 1a, 1b and 7 were made with psi = 0.5
@@ -31,11 +32,11 @@ def kernel_row(dilations: str) -> list[str]:
 TABLES: dict[str, Rows] = {
     "1a": {
         **{
-            f"p = {power}, lambda = {weight}": [*HALF, "--penalty-power", power, "--penalty-weight", weight]
+            f"p = {power}, lambda = {value}": [*HALF, "--penalty-power", power, "--penalty-lambda", value]
             for power in ("0", "3", "5")
-            for weight in ("0.1", "0.01", "0.001")
+            for value in ("0.1", "0.01", "0.001")
         },
-        "no penalty": [*HALF, "--penalty-weight", "0"],
+        "no penalty": [*HALF, "--no-size-penalty"],
     },
     "1b": {
         "no refinement": [*HALF, "--pamr-iterations", "0"],
@@ -71,12 +72,12 @@ class Ablation:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is left of the table and write it. Returns the exit code."""
+    """Train the missing rows of the table and write it. Returns the exit code."""
     ablation, others = tyro.cli(Ablation, args=argv, description=__doc__, return_unknown_args=True)
     folder = ablation.output / f"table_{ablation.table}"
     rows = TABLES[ablation.table]
     commands = {name: row_command(folder / slug(name), [*others, *overrides]) for name, overrides in rows.items()}
-    settings = [parse_arguments(command[2:]) for command in commands.values()]  # a wrong argument ends here
+    settings = [parse_arguments(command[2:]) for command in commands.values()]  # stops at a wrong argument
     for name, command in commands.items():
         if ablation.dry_run:
             print(shlex.join(command))
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def row_command(output: Path, arguments: Sequence[str]) -> list[str]:
-    """Return the command that trains one row, or goes on with it."""
+    """Return the command that trains one row, or resumes it."""
     command = [sys.executable, str(TRAIN), "--output", str(output), "--no-baseline", *arguments]
     return [*command, "--resume", str(output)] if (output / "settings.json").is_file() else command
 
@@ -103,16 +104,19 @@ def slug(name: str) -> str:
 
 
 def write_table(folder: Path, names: Sequence[str], table_classes: Sequence[str]) -> str:
-    """Collect the mean IoU of the rows (over some classes, or all) in `table.csv` and `table.md`; return the latter."""
+    """Write the mean IoU of every row to `table.csv` and `table.md`, and return the text of the latter.
+
+    The mean is over `table_classes`, or over all classes if there are none.
+    """
     means = []
     for name in names:
         classes, columns = load_iou_csv(folder / slug(name) / "iou.csv")
         means.append((name, mean_iou(columns["ours"], [classes.index(other) for other in table_classes or classes])))
-    with (folder / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("configuration", "mean IoU"), *((name, f"{mean:.4f}") for name, mean in means)])
+    cells = [("configuration", "mean IoU"), *((name, f"{mean:.4f}") for name, mean in means)]
+    write_csv_whole(folder / "table.csv", cells)
     lines = ["| configuration | mean IoU, % |", "|:--|--:|", *(f"| {name} | {mean:.1f} |" for name, mean in means)]
     table = "\n".join(lines) + "\n"
-    (folder / "table.md").write_text(table)
+    write_text_whole(folder / "table.md", table)
     return table
 
 

@@ -11,12 +11,14 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional
 from voc.checkpoints import Trained, load_trained
-from voc.crf import check_crf
-from voc.data import IGNORE, DataError
+from voc.dataset.errors import DataError
+from voc.dataset.images import IGNORE
 from voc.devices import choose_device
+from voc.inference.crf import check_crf
+from voc.inference.outputs import write_mask, write_overlay, write_scores
+from voc.inference.segmenter import Segmenter, choose_classes, choose_classes_by_crf, segment_images
+from voc.inference.sources import Source, add_labels, find_sources, split_sources
 from voc.model import CAMNet
-from voc.pictures import Source, add_labels, find_sources, split_sources, write_outputs, write_scores
-from voc.prediction import Predictor, choose, predict, refine
 
 
 @dataclass(frozen=True)
@@ -24,34 +26,35 @@ class Arguments:
     """Segment images with a trained network; no ground truth is needed.
 
     Masks are palette PNGs of class indices in VOC's colours, on the pixel grid of the stored image. An image that
-    cannot be read is named and skipped. Exit code: 0 all images done, 1 some skipped, 2 none done or wrong arguments.
+    cannot be read is reported and skipped. Exit code: 0 all images done, 1 some skipped, 2 none done or wrong
+    arguments.
     """
 
     checkpoint: Positional[Path]
-    """Checkpoint of train_voc.py, of either model."""
+    """Checkpoint of train_voc.py: of the single-stage network or of CAM-GAP."""
 
     input: Positional[Path]
-    """An image, a folder of images (not those in folders below it), or with --split a data set in VOC's layout."""
+    """An image, a folder of images (without its subfolders), or with --split a data set in VOC's layout."""
 
     output: Path = Path("runs/predictions")
-    """Folder for masks/NAME.png and, if wanted, overlays/NAME.jpg and scores.csv."""
+    """Folder for masks/NAME.png, and for overlays/NAME.jpg and scores.csv if they are asked for."""
 
     split: str | None = None
     """Segment the images of ImageSets/Segmentation/SPLIT.txt."""
 
     clean: bool = False
-    """Keep exactly the classes that are among an image's labels, instead of those that are probable: masks that
-    `train_voc.py --supervision masks --masks DIR/masks` can train on."""
+    """Keep exactly the classes of an image's labels instead of the probable ones. `train_voc.py --supervision masks
+    --masks DIR/masks` can train on these masks."""
 
     labels: Path | None = None
     """File of image-level labels for --clean, lines `id class class ...`. Default, with --split: Annotations/*.xml
-    where there are any, else the classes of the ground truth."""
+    if there are any, else the classes of the ground truth."""
 
     scales: tuple[float, ...] | None = None
-    """Scales at which each image is looked at. Default: the checkpoint's."""
+    """Scales of each image. Default: the checkpoint's."""
 
     flip: bool = True
-    """Look at each image mirrored, too."""
+    """Use the mirrored image too, at each scale."""
 
     min_probability: float | None = None
     """Remove classes with a lower probability. Default: the checkpoint's."""
@@ -63,17 +66,17 @@ class Arguments:
     """Score of the background at every pixel, for a CAM-GAP checkpoint. Default: 0.1."""
 
     max_pixels: int = 2_500_000
-    """A larger image is reduced to so many pixels, and its mask enlarged. At the default, an image takes up to 6 GB of
-    memory with the default backbone, 20 classes and the paper's scales."""
+    """A larger image is reduced to this number of pixels, and its mask enlarged. With the default, an image needs up to
+    6 GB of memory for the default backbone, 20 classes and the paper's scales."""
 
     overlays: bool = False
-    """Also write the masks over the images, upright, and reduced where the network saw them reduced."""
+    """Also write the masks over the images as the network saw them: upright, and reduced if they are large."""
 
     scores: bool = False
-    """Also write the probability of each class in each image, whether it is kept or not."""
+    """Also write the probability of each class in each image, of removed classes too."""
 
     crf: bool = False
-    """Refine the masks by a dense CRF (extra `crf`): 10 iterations, with the parameters of the paper's authors."""
+    """Choose the classes with a dense CRF (extra `crf`): 10 iterations, with the parameters of the paper's authors."""
 
     workers: int = 2
     """Processes for --crf."""
@@ -82,7 +85,7 @@ class Arguments:
     """`auto` (cuda, then mps, then cpu) or any name that torch.device takes."""
 
     def __post_init__(self) -> None:
-        """Refuse arguments that would have no effect, or no sense."""
+        """Refuse arguments without effect or out of range."""
         if self.labels is not None and not self.clean:
             raise ValueError("--labels is for --clean, which is not given")
         if self.min_probability is not None and self.clean:
@@ -103,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = tyro.cli(Arguments, args=argv)
         trained = load_trained(arguments.checkpoint)
-        predictor = build_predictor(trained, arguments)
+        segmenter = build_segmenter(trained, arguments)
         sources = find_all(arguments, trained.classes)
         if arguments.crf:
             check_crf()
@@ -112,11 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # the errors of data and checkpoints are ValueErrors
         say(f"error: {error}")
         return 2
-    return run(arguments, trained.classes, predictor, sources)
+    return run(arguments, trained.classes, segmenter, sources)
 
 
-def build_predictor(trained: Trained, arguments: Arguments) -> Predictor:
-    """Return the network with the checkpoint's settings, where the arguments say nothing else."""
+def build_segmenter(trained: Trained, arguments: Arguments) -> Segmenter:
+    """Return the network with the checkpoint's settings, which the arguments override."""
     model, classes, settings = trained
     if len(classes) >= IGNORE:
         raise ValueError(f"a mask holds at most {IGNORE - 1} classes, the checkpoint has {len(classes)}")
@@ -128,11 +131,11 @@ def build_predictor(trained: Trained, arguments: Arguments) -> Predictor:
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     cam_background = CAMNet.background if arguments.cam_background is None else arguments.cam_background
     device = choose_device(arguments.device)
-    return Predictor(model, replace(settings, **given), device, arguments.flip, cam_background)
+    return Segmenter(model, replace(settings, **given), device, arguments.flip, cam_background)
 
 
 def find_all(arguments: Arguments, classes: Sequence[str]) -> list[Source]:
-    """Return the images, with their labels if those are needed."""
+    """Return the images, with their labels if they are needed."""
     if arguments.split is None:
         root, sources = None, find_sources(arguments.input)
     else:
@@ -143,21 +146,24 @@ def find_all(arguments: Arguments, classes: Sequence[str]) -> list[Source]:
     return add_labels(sources, classes, root, arguments.labels) if arguments.clean else sources
 
 
-def run(arguments: Arguments, classes: Sequence[str], predictor: Predictor, sources: Sequence[Source]) -> int:
-    """Predict and write. Returns the exit code."""
+def run(arguments: Arguments, classes: Sequence[str], segmenter: Segmenter, sources: Sequence[Source]) -> int:
+    """Segment the images and write the outputs. Returns the exit code."""
     scores: list[tuple[str, list[float]]] = []
     failed = False
     try:
-        results = predict(
-            sources, predictor, arguments.max_pixels, lambda path, reason: say(f"skipped {path}: {reason}")
+        results = segment_images(
+            sources, segmenter, arguments.max_pixels, lambda path, reason: say(f"skipped {path}: {reason}")
         )
-        for result, mask in refine(results, arguments.workers) if arguments.crf else choose(results):
-            name = result.source.name
-            write_outputs(arguments.output, name, result.picture, mask, arguments.overlays)
-            scores.append((name, result.prediction.probabilities.tolist()))
+        chosen = choose_classes_by_crf(results, arguments.workers) if arguments.crf else choose_classes(results)
+        for result, mask in chosen:
+            name, picture = result.source.name, result.picture
+            if arguments.overlays:
+                write_overlay(arguments.output / "overlays" / f"{name}.jpg", picture, mask)
+            write_mask(arguments.output / "masks" / f"{name}.png", picture, mask)
+            scores.append((name, result.soft.probabilities.tolist()))
         if arguments.scores and scores:
             write_scores(arguments.output / "scores.csv", classes, scores)
-    except (OSError, BrokenProcessPool, MemoryError) as error:  # a full disk would spoil the other images, too
+    except (OSError, BrokenProcessPool, MemoryError) as error:  # a full disk would stop the other images too
         say(f"error: {error}")
         failed = True
     except KeyboardInterrupt:
@@ -169,7 +175,7 @@ def run(arguments: Arguments, classes: Sequence[str], predictor: Predictor, sour
 
 
 def say(message: str) -> None:
-    """Print one line to stderr, whatever names of files it holds, without breaking the progress bar."""
+    """Print one line to stderr without breaking the progress bar; line breaks in names of files become spaces."""
     tqdm.write(f"infer_voc.py: {' '.join(message.splitlines())}", file=sys.stderr)
 
 

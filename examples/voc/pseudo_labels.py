@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .data import IGNORE
+from .dataset.images import IGNORE
 
 
 def pseudo_labels(
@@ -11,19 +11,19 @@ def pseudo_labels(
 ) -> Tensor:
     """Keep the confident pixels of the classes that are in the image.
 
-    A class claims the pixels above `foreground` (for class 0: `background`) times its own maximum, and never one
-    below `floor`. A pixel that no class or more than one class claims is ignored. An image in which a labelled
-    class claims no pixel is ignored as a whole.
+    A class claims the pixels above `foreground` (for class 0: `background`) times its own maximum and above `floor`. A
+    pixel that no class or more than one class claims is ignored. An image in which a labelled class claims no pixel
+    is ignored as a whole.
 
     Args:
         masks: refined masks [B, C + 1, h, w] in [0, 1], background first.
         labels: image-level labels [B, C] in {0, 1}.
-        foreground: fraction of the maximum, classes.
-        background: fraction of the maximum, background.
+        foreground: fraction of the maximum, for classes.
+        background: fraction of the maximum, for background.
         floor: lowest confidence of any pseudo label.
 
     Returns:
-        Class indices [B, h, w], `IGNORE` where there is no pseudo label.
+        Class indices [B, h, w], `IGNORE` at pixels without a pseudo label.
     """
     present = torch.cat([torch.ones_like(labels[:, :1]), labels], dim=1).bool()
     masks = masks * present[:, :, None, None]

@@ -7,7 +7,7 @@ from typing import Any
 from .backbones import load_strictly, read_state_dict, unwrap_state_dict
 from .model import SingleStageNet
 
-# Published module -> ours; what is not here has the same name, inside the backbone.
+# Published module -> ours; all other modules are in our `backbone`, under the same name.
 MODULES = {
     "aspp.aspp1.atrous_conv": "aspp.branches.0.0",
     "aspp.aspp1.bn": "aspp.branches.0.1",
@@ -32,16 +32,16 @@ MODULES = {
     "last_conv.5": "decoder.2.1",
     "last_conv.8": "decoder.4",
 }
-PAMR_PREFIX = "_aff."  # fixed kernels of the published PAMR: ours has none
+PAMR_PREFIX = "_aff."  # constant buffers of the published PAMR; ours has no buffers
 
 
 def load_released_checkpoint(model: SingleStageNet, checkpoint: Path | str | Mapping[str, Any]) -> None:
-    """Load the published network's weights; every key of the checkpoint and of the model is accounted for.
+    """Load the published network's weights; a key that only the checkpoint or only the model has is an error.
 
     Args:
         model: with the backbone, the number of classes and the channels (256) of the checkpoint.
-        checkpoint: a file, or what such a file holds: a state_dict, also under a key such as `model`, also with the
-            prefix `module.`.
+        checkpoint: a file, or its content: a state_dict, which may lie under a key such as `model`, and whose keys
+            may start with `module.`.
 
     Raises:
         WeightsError: the file is missing or unreadable, or a key is missing, unknown or of another shape.

@@ -8,7 +8,7 @@ import ablate_voc
 import pytest
 import torch
 from voc.arguments import parse_arguments
-from voc.metrics import save_iou_csv
+from voc.evaluation.tables import save_iou_csv
 
 
 @pytest.mark.parametrize(("table", "rows"), [("1a", 10), ("1b", 6), ("1c", 6), ("7", 3)])

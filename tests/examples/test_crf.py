@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from voc.crf import check_crf, crf_segment, dense_crf
+from voc.inference.crf import check_crf, crf_segment, dense_crf
 
 needs_pydensecrf = pytest.mark.skipif(
     importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 (extra `crf`) is not installed"

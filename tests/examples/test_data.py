@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from voc.data import VOC_CLASSES, DataError, read_classes, read_mask, read_split, save_mask, voc_palette
-from voc.splits import VOCDataset, load_split, load_split_with_masks
-from voc.transforms import TrainTransform
+from voc.dataset.errors import DataError
+from voc.dataset.images import read_mask, save_mask, voc_palette
+from voc.dataset.layout import VOC_CLASSES, read_classes, read_split
+from voc.dataset.splits import VOCDataset, load_split, load_split_with_masks
+from voc.dataset.transforms import TrainTransform
 
 
 def annotation(*names: str) -> str:
@@ -207,9 +209,16 @@ def test_mask_in_colour(root: Path) -> None:
         check_everything(root)
 
 
-HELD = Image.Transpose  # how the camera was held: the turn from the upright picture to what is stored
-STORED = {2: HELD.FLIP_LEFT_RIGHT, 3: HELD.ROTATE_180, 4: HELD.FLIP_TOP_BOTTOM, 5: HELD.TRANSPOSE, 6: HELD.ROTATE_90,
-          7: HELD.TRANSVERSE, 8: HELD.ROTATE_270}  # fmt: skip
+# The turn from the upright image to the stored one, by EXIF orientation.
+STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 @pytest.mark.parametrize("orientation", STORED)

@@ -8,8 +8,9 @@ import pytest
 from evaluate_voc import main
 from numpy.typing import ArrayLike
 from PIL import Image
-from voc.data import VOC_CLASSES, save_mask
-from voc.metrics import load_iou_csv
+from voc.dataset.images import save_mask
+from voc.dataset.layout import VOC_CLASSES
+from voc.evaluation.tables import load_iou_csv
 
 TARGETS = {"a": [[0, 0, 1], [1, 255, 1]], "b": [[2, 2, 0]], "c": [[0]]}
 PREDICTIONS = {"a": [[0, 1, 1], [1, 2, 2]], "b": [[2, 0, 1]], "c": [[0]]}

@@ -11,19 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import voc.pictures
-import voc.prediction
+import voc.inference.outputs
+import voc.inference.segmenter
 from infer_voc import Arguments, main
 from numpy.typing import NDArray
 from PIL import Image
-from voc.checkpoints import build_model, load_trained, save_checkpoint
-from voc.crf import crf_segment
-from voc.data import read_image, read_mask, read_split, voc_palette
-from voc.inference import multi_scale_masks, segment
-from voc.pictures import read_picture
+from voc.checkpoints import load_trained, save_checkpoint
+from voc.dataset.images import read_image, read_mask, voc_palette
+from voc.dataset.layout import read_split
+from voc.dataset.splits import load_split_with_masks
+from voc.dataset.toy import OBJECTS
+from voc.inference.crf import crf_segment
+from voc.inference.masks import multi_scale_masks, segment
+from voc.inference.pictures import read_picture
+from voc.model import build_model
 from voc.settings import PRESETS, Settings
-from voc.splits import load_split_with_masks
-from voc.toy import OBJECTS
 
 SETTINGS = replace(PRESETS["toy"], channels=8, background_power=2.0, min_probability=0.2)
 
@@ -265,7 +267,7 @@ def test_a_full_disk(
         path.write_text("half a m")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(voc.pictures, "save_mask", disk_full)
+    monkeypatch.setattr(voc.inference.outputs, "save_mask", disk_full)
     assert infer(trained, images, output) == 2
     assert skipped_lines(capsys) == [f"infer_voc.py: error: cannot write {output}/masks/a.png: No space left on device"]
     assert (output / "masks/a.png").read_text() == "older"
@@ -280,7 +282,7 @@ def test_ctrl_c_leaves_whole_masks(
             raise KeyboardInterrupt
         return read_picture(path, max_pixels)
 
-    monkeypatch.setattr(voc.prediction, "read_picture", interrupted)
+    monkeypatch.setattr(voc.inference.segmenter, "read_picture", interrupted)
     assert infer(trained, images, tmp_path / "out", "--scores") == 130
     assert "infer_voc.py: stopped" in skipped_lines(capsys)
     assert written(tmp_path / "out") == {"masks/a.png", "masks/b.png"}
@@ -295,7 +297,7 @@ def test_memory(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return multi_scale_masks(model, image, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(voc.prediction, "multi_scale_masks", too_large)
+    monkeypatch.setattr(voc.inference.segmenter, "multi_scale_masks", too_large)
     assert infer(trained, images, tmp_path) == 1
     (line,) = skipped_lines(capsys)
     assert line.startswith(f"infer_voc.py: skipped {images}/b.jpg: not enough memory: try a lower --max-pixels")
@@ -309,7 +311,7 @@ def test_a_network_that_is_not_finite(
         next(model.parameters()).fill_(torch.nan)
     save_checkpoint(tmp_path / "nan.pt", model, settings, classes, {})
     assert infer(tmp_path / "nan.pt", images / "b.jpg", tmp_path / "out") == 2
-    assert skipped_lines(capsys)[0].endswith("what the network says of it is not finite")
+    assert skipped_lines(capsys)[0].endswith("the network's masks are not finite")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 is not installed")

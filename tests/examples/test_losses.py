@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from voc.data import IGNORE
+from voc.dataset.images import IGNORE
 from voc.losses import classification_loss, confident_pixels, mask_loss, segmentation_loss
 from voc.pseudo_labels import pseudo_labels
 

@@ -8,18 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from voc.data import VOC_CLASSES
-from voc.metrics import (
-    IoUMeter,
-    class_metrics,
-    confusion_matrix,
-    iou_table,
-    load_iou_csv,
-    mean_iou,
-    method_table,
-    save_iou_csv,
-    save_method_csv,
-)
+from voc.dataset.layout import VOC_CLASSES
+from voc.evaluation.metrics import IoUMeter, class_metrics, confusion_matrix, mean_iou
+from voc.evaluation.tables import iou_table, load_iou_csv, method_table, save_iou_csv, save_method_csv
 
 NAN = float("nan")
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from voc.backbones import Backbone, EfficientNetLite0, build_backbone, pretrained_backbone
-from voc.inference import multi_scale_masks, normalise, segment
-from voc.model import ASPP, CAMNet, SingleStageNet, freeze_norm_statistics
-from voc.training import build_optimizer, freeze
+from voc.backbones import Backbone, EfficientNetLite0, build_backbone, normalise, pretrained_backbone
+from voc.inference.masks import multi_scale_masks, segment
+from voc.model import ASPP, CAMNet, SingleStageNet
+from voc.train.optimizer import build_optimizer, freeze, freeze_norm_statistics
 
 from wsseg_layers import functional as WF
 

@@ -11,8 +11,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.ExifTags import Base
-from voc.data import DataError, read_image
-from voc.pictures import Picture, find_sources, read_picture, reduced_size, split_sources, write_scores, write_whole
+from voc.dataset.errors import DataError
+from voc.dataset.images import read_image
+from voc.files.whole import write_whole
+from voc.inference.outputs import write_scores
+from voc.inference.pictures import Picture, read_picture, reduced_size
+from voc.inference.sources import find_sources, split_sources
 
 ALL = 10**6  # more pixels than any of these images has
 

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from prepare_sbd import main
 from scipy.io import savemat
-from voc.data import DataError, read_mask, read_split, save_mask, voc_palette
-from voc.sbd import KNOWN_COUNTS, find_sets, read_sbd_mask
-from voc.splits import load_split, load_split_with_masks
+from voc.dataset.errors import DataError
+from voc.dataset.images import read_mask, save_mask, voc_palette
+from voc.dataset.layout import read_split
+from voc.dataset.sbd import KNOWN_COUNTS, find_sets, read_sbd_mask
+from voc.dataset.splits import load_split, load_split_with_masks
 
 HEIGHT, WIDTH = 5, 8
 VOC_TRAIN, VOC_VAL = ["v_train", "v_both"], ["v_val", "s_is_val"]
@@ -145,7 +147,7 @@ def test_other_counts_are_said(voc: Path, sbd: Path, tmp_path: Path, capsys: pyt
     assert error == (
         "prepare_sbd.py: error: not the known counts: VOC train 2 (expected 1464), VOC val 2 (expected 1449), "
         "SBD train 3 (expected 8498), SBD val 1 (expected 2857), train_aug 4 (expected 10582); "
-        "--allow-other-counts goes on with what there is\n"
+        "--allow-other-counts goes on with these\n"
     )
     assert not (tmp_path / "out").exists()
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from voc.data import read_classes, read_mask, read_split
-from voc.splits import VOCDataset, load_split, load_split_with_masks
-from voc.toy import OBJECTS, draw_scene, toy_voc
+from voc.dataset.images import read_mask
+from voc.dataset.layout import read_classes, read_split
+from voc.dataset.splits import VOCDataset, load_split, load_split_with_masks
+from voc.dataset.toy import OBJECTS, draw_scene, toy_voc
 
 
 def test_layout(toy_root: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,18 +21,19 @@ import train_voc
 from PIL import Image
 from train_voc import main, parse_arguments
 from voc.backbones import build_backbone
-from voc.checkpoints import CheckpointError, build_model, load_trained, read_checkpoint, save_checkpoint
-from voc.data import read_image
-from voc.inference import multi_scale_masks
-from voc.metrics import load_iou_csv
+from voc.checkpoints import CheckpointError, load_trained, read_checkpoint, save_checkpoint
+from voc.dataset.images import read_image
+from voc.evaluation.tables import load_iou_csv
+from voc.inference.masks import multi_scale_masks
+from voc.model import build_model
 from voc.settings import PAPER, PRESETS, Settings
-from voc.training import AugmentedDataset
+from voc.train.batches import AugmentedDataset
 from voc.visualise import overlay
 
-QUICK = [
-    "--preset", "toy", "--epochs", "2", "--classification-epochs", "1", "--crop-size", "65", "--channels", "8",
-    "--batch-size", "4", "--workers", "0", "--device", "cpu",
-]  # fmt: skip
+QUICK = shlex.split(
+    "--preset toy --epochs 2 --classification-epochs 1 --crop-size 65 --channels 8 --batch-size 4 --workers 0 "
+    "--device cpu"
+)
 
 
 def test_the_whole_job(toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,10 +194,10 @@ def test_two_processes_have_the_losses_of_one(finished: Path, toy_root: Path, tm
         (["--model", "cam"], {"CAM-GAP (background 0.1)"}),
         (["--supervision", "masks"], {"ours"}),
         (["--no-baseline", "--accumulate", "2"], {"ours"}),
-        (["--no-baseline", "--no-gci", "--penalty-weight", "0", "--gate", "deterministic"], {"ours"}),
+        (["--no-baseline", "--no-gci", "--no-size-penalty", "--gate", "deterministic"], {"ours"}),
     ],
 )
-def test_variants(arguments: list[str], columns: set[str], toy_root: Path, tmp_path: Path) -> None:
+def test_other_networks(arguments: list[str], columns: set[str], toy_root: Path, tmp_path: Path) -> None:
     assert main([*QUICK, "--epochs", "1", "--data", str(toy_root), "--output", str(tmp_path), *arguments]) == 0
     _, found = load_iou_csv(tmp_path / "iou.csv")
     assert columns <= set(found)
@@ -305,6 +307,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--scales", "1", "0"], "--scales must be at least 0.1, got 0.0"),
         (["--mixing-rate", "1"], "--mixing-rate must be in [0, 1), got 1.0"),
+        (["--penalty-lambda", "0"], "--penalty-lambda must be greater than 0, got 0.0"),
     ],
 )
 def test_wrong_arguments_exit_with_code_2(
@@ -356,7 +359,7 @@ def test_a_failed_write_leaves_the_older_checkpoint(
         raise RuntimeError("[enforce fail at inline_container.cc:664] unexpected pos 64 vs 0\nmore lines")
 
     monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match=r"cannot write checkpoint .*single_stage.pt: .*unexpected pos"):
+    with pytest.raises(OSError, match=r"cannot write .*single_stage.pt: .*unexpected pos"):
         checkpoint()
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["single_stage.pt"]
@@ -375,8 +378,11 @@ def flip_a_bit(content: bytes) -> bytes:
         (lambda path: path.write_bytes(path.read_bytes()[:-500]), "cannot read checkpoint"),
         (lambda path: path.write_bytes(flip_a_bit(path.read_bytes())), "it is damaged: the checksum of "),
         (lambda path: path.write_bytes(b""), "cannot read checkpoint"),
-        (lambda path: torch.save({"model": {}}, path), "is no checkpoint of train_voc.py: it has no classes, progress"),
-        (lambda path: torch.save([1, 2], path), "is no checkpoint of train_voc.py"),
+        (
+            lambda path: torch.save({"model": {}}, path),
+            "is not a checkpoint of train_voc.py: it has no classes, progress",
+        ),
+        (lambda path: torch.save([1, 2], path), "is not a checkpoint of train_voc.py"),
         (lambda path: torch.save(Path("x"), path), "cannot read checkpoint"),  # a pickled object is not loaded
     ],
 )
@@ -391,6 +397,20 @@ def test_a_damaged_checkpoint(
     if path.exists():
         assert main(["--resume", str(path)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_settings_of_another_version(checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = checkpoint()
+    saved = read_checkpoint(path)
+    saved["settings"]["penalty_weight"] = 0.01
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match="does not fit this version: unknown setting 'penalty_weight'"):
+        load_trained(path)
+    settings = path.with_name("settings.json")
+    settings.write_text(json.dumps(saved["settings"]))
+    assert main(["--resume", str(path.parent)]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"train_voc.py: error: --resume: cannot read settings {settings}: unknown setting 'penalty")
 
 
 def test_settings_survive_json() -> None:

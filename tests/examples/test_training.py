@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from voc.data import read_classes, read_split
-from voc.distributed import GlobalBatchNoise, share_batch_statistics
-from voc.splits import VOCDataset, load_split
-from voc.training import AugmentedDataset, GlobalBatches, StopRequest, load_batches, mix_seed
-from voc.transforms import TrainTransform
+from voc.dataset.layout import read_classes, read_split
+from voc.dataset.splits import VOCDataset, load_split
+from voc.dataset.transforms import TrainTransform
+from voc.train.batches import AugmentedDataset, GlobalBatches, load_batches
+from voc.train.distribution import GlobalBatchNoise, Group, share_batch_statistics
+from voc.train.seeds import mix_seed
+from voc.train.signals import StopRequest
 
 from wsseg_layers import StochasticGate
 
@@ -31,7 +33,10 @@ def test_batches_do_not_depend_on_the_number_of_processes(
     length: int, batch_size: int, world_size: int, seed: int, epoch: int
 ) -> None:
     alone = list(GlobalBatches(length, batch_size, seed, epoch))
-    shares = [list(GlobalBatches(length, batch_size, seed, epoch, 0, rank, world_size)) for rank in range(world_size)]
+    shares = [
+        list(GlobalBatches(length, batch_size, seed, epoch, group=Group(rank, world_size)))
+        for rank in range(world_size)
+    ]
     joined = [[key for share in step for key in share] for step in zip(*shares, strict=True)]
     if length >= batch_size:
         assert joined == alone
@@ -80,7 +85,7 @@ def test_noise_is_that_of_the_whole_batch(world_size: int, layout: torch.memory_
         shares = []
         for rank in range(size):
             torch.manual_seed(5)
-            with GlobalBatchNoise(rank, size):
+            with GlobalBatchNoise(Group(rank, size)):
                 shares.append(noisy(x.chunk(size)[rank]))
         results.append(torch.cat(shares))
     assert torch.equal(*results)
@@ -89,7 +94,7 @@ def test_noise_is_that_of_the_whole_batch(world_size: int, layout: torch.memory_
 def test_noise_is_that_of_dropout() -> None:
     torch.manual_seed(0)
     x = torch.ones(8, 50, 6, 6, requires_grad=True)
-    with GlobalBatchNoise(1, 3):
+    with GlobalBatchNoise(Group(1, 3)):
         out = F.dropout(x, 0.25)
         channels = F.dropout2d(x, 0.25)
         assert F.dropout(x, 0.25, training=False) is x

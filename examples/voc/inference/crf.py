@@ -1,6 +1,6 @@
-"""Dense CRF (Krähenbühl & Koltun, NIPS 2011) as a last step of inference, through pydensecrf2.
+"""Dense CRF (Krähenbühl & Koltun, NIPS 2011) as the last step of inference, with pydensecrf2.
 
-No PyTorch here: worker processes import this file, and start faster without it.
+This file does not import PyTorch, so that worker processes, which import it, start faster.
 """
 
 import multiprocessing
@@ -11,16 +11,16 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-# What the paper's authors used.
+# The values of the paper's authors.
 ITERATIONS = 10
 GAUSSIAN_SXY, GAUSSIAN_COMPAT = 3, 3
 BILATERAL_SXY, BILATERAL_SRGB, BILATERAL_COMPAT = 80, 13, 10
 
-FLOOR = 1e-5  # no class is impossible: less probable ones count as this
+FLOOR = 1e-5  # lower probabilities count as this one: the logarithm of 0 is infinite
 
 
 def check_crf() -> None:
-    """Raise a ValueError that says what to install if pydensecrf2 is not there."""
+    """Raise a ValueError that says what to install if pydensecrf2 is missing."""
     try:
         import pydensecrf.densecrf  # noqa: F401
     except ImportError as error:
@@ -28,7 +28,7 @@ def check_crf() -> None:
 
 
 def dense_crf(image: NDArray[np.uint8], probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Refine class probabilities so that pixels close to each other, and alike in colour, have the same class.
+    """Return class probabilities in which pixels that are close together and similar in colour agree.
 
     Args:
         image: RGB [H, W, 3].
@@ -44,7 +44,7 @@ def dense_crf(image: NDArray[np.uint8], probabilities: NDArray[np.float32]) -> N
     crf = DenseCRF2D(width, height, num_classes)
     crf.setUnaryEnergy(np.ascontiguousarray(unary, dtype=np.float32))
     crf.addPairwiseGaussian(sxy=GAUSSIAN_SXY, compat=GAUSSIAN_COMPAT)
-    # A copy, for pydensecrf asks for memory that it could write to.
+    # A copy, because pydensecrf accepts only writable memory.
     crf.addPairwiseBilateral(
         sxy=BILATERAL_SXY, srgb=BILATERAL_SRGB, rgbim=np.array(image, order="C"), compat=BILATERAL_COMPAT
     )
@@ -52,14 +52,14 @@ def dense_crf(image: NDArray[np.uint8], probabilities: NDArray[np.float32]) -> N
 
 
 def crf_segment(image: NDArray[np.uint8], masks: NDArray[np.float32], kept: Sequence[int]) -> NDArray[np.uint8]:
-    """Choose a class for every pixel after the CRF, among the classes that are kept.
+    """Choose for every pixel one of the kept classes, after the CRF.
 
-    The others are unknown to the CRF: the masks of those that are kept are brought to a sum of 1 first.
+    The CRF sees only the kept classes: their masks are first divided by their sum.
 
     Args:
         image: RGB [H, W, 3].
-        masks: [K, H, W], of the kept classes.
-        kept: their indices in the result, K of them, background (0) among them.
+        masks: [K, H, W], one per kept class.
+        kept: the K class indices of the masks; background (0) is one of them.
 
     Returns:
         Class indices [H, W].
@@ -67,16 +67,17 @@ def crf_segment(image: NDArray[np.uint8], masks: NDArray[np.float32], kept: Sequ
     if len(kept) == 1:
         return np.full(masks.shape[1:], kept[0], dtype=np.uint8)
     total = masks.sum(axis=0)
-    # Where all masks are 0 (the background's may underflow in its power), nothing is known: FLOOR for every class.
+    # Where all masks are 0 (the power of the background's mask may underflow), every class has FLOOR.
     marginals = dense_crf(image, masks / np.where(total > 0, total, np.float32(1)))
     classes: NDArray[np.uint8] = np.array(kept, dtype=np.uint8)
     return classes[marginals.argmax(axis=0)]
 
 
 def start_workers(count: int) -> ProcessPoolExecutor:
-    """Return processes for `crf_segment`. They are spawned: a fork of a process that runs PyTorch's threads may hang.
+    """Return processes for `crf_segment`.
 
-    Ctrl-C reaches them too; it is left to their parent.
+    They are spawned, because a fork of a process with PyTorch's threads may hang. They ignore Ctrl-C: their parent
+    handles it.
     """
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(count, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))

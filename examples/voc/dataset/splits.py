@@ -11,8 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .data import DataError, find_images, find_masks, read_image, read_mask_upright
+from .errors import DataError
+from .images import read_image, read_mask_upright
 from .labels import find_labels, labels_from_masks
+from .layout import find_images, find_masks
 
 
 class Sample(NamedTuple):
@@ -26,7 +28,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class VOCSplit:
-    """The files of one split. `masks` is empty where no ground truth is needed; `labels` holds class indices from 0."""
+    """The files of one split. `masks` is empty if no ground truth is needed; `labels` holds class indices from 0."""
 
     classes: tuple[str, ...]
     names: tuple[str, ...]
@@ -44,7 +46,7 @@ class VOCSplit:
 
 
 class VOCDataset(Dataset[Sample]):
-    """Reads a split as it is."""
+    """Reads the images of a split, without augmentation."""
 
     def __init__(self, split: VOCSplit) -> None:
         self.split = split

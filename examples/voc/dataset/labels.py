@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import IGNORE, DataError, find_masks, read_lines, read_mask
+from .errors import DataError
+from .images import IGNORE, read_mask
+from .layout import class_indices, find_masks, read_lines
 
 
 def find_labels(
@@ -18,8 +20,8 @@ def find_labels(
 ) -> tuple[frozenset[int], ...]:
     """Return the classes (indices from 0) of every image.
 
-    They come from `labels_file` where one is given, else from `Annotations/*.xml` where that folder exists, else from
-    the masks.
+    They come from `labels_file` if one is given, else from `Annotations/*.xml` if that folder exists, else from the
+    masks.
     """
     if labels_file is not None:
         return labels_from_file(labels_file, names, classes)
@@ -35,7 +37,7 @@ def labels_from_file(path: Path, names: Sequence[str], classes: Sequence[str]) -
     labels = {}
     for number, line in enumerate(read_lines(path), start=1):
         name, *present = line.split()
-        labels[name] = class_indices(present, classes, source=f"{path}, entry {number}")
+        labels[name] = frozenset(class_indices(present, classes, source=f"{path}, entry {number}"))
     missing = [name for name in names if name not in labels]
     if missing:
         raise DataError(f"{path}: no line for image {missing[0]!r} ({len(missing)} such images)")
@@ -54,16 +56,8 @@ def labels_from_annotations(folder: Path, names: Sequence[str], classes: Sequenc
         except ElementTree.ParseError as error:
             raise DataError(f"cannot read annotation {path}: {error}") from error
         present = [(element.text or "").strip() for element in root.iterfind("object/name")]
-        labels.append(class_indices(present, classes, source=str(path)))
+        labels.append(frozenset(class_indices(present, classes, source=str(path))))
     return tuple(labels)
-
-
-def class_indices(present: Sequence[str], classes: Sequence[str], source: str) -> frozenset[int]:
-    """Return the indices (from 0) of class names; `source` says in an error where an unknown one was read."""
-    unknown = [name for name in present if name not in classes]
-    if unknown:
-        raise DataError(f"{source}: unknown class {unknown[0]!r}; known: {', '.join(classes)}")
-    return frozenset(classes.index(name) for name in present)
 
 
 def labels_from_masks(paths: Sequence[Path], classes: Sequence[str]) -> tuple[frozenset[int], ...]:

@@ -14,24 +14,16 @@ from PIL import Image
 from scipy.io import loadmat
 from tqdm import tqdm
 
-from .data import (
-    SPLIT_FOLDER,
-    VOC_CLASSES,
-    DataError,
-    find_masks,
-    first_file,
-    image_name,
-    read_lines,
-    read_split,
-    save_mask,
-)
+from .errors import DataError
+from .images import save_mask
+from .layout import SPLIT_FOLDER, VOC_CLASSES, find_masks, first_file, read_names, read_split
 
 KNOWN_COUNTS = {"VOC train": 1464, "VOC val": 1449, "SBD train": 8498, "SBD val": 2857, "train_aug": 10582}
 
 
 @dataclass(frozen=True)
 class AugmentedSet:
-    """What is found in the two data sets: their lists, and the files behind them."""
+    """VOC and SBD together: their lists of images, and the files behind them."""
 
     voc: Path
     sbd: Path
@@ -42,12 +34,12 @@ class AugmentedSet:
 
     @property
     def train_aug(self) -> list[str]:
-        """VOC's training images and all of SBD's, less those on which VOC tests."""
+        """VOC's training images and all of SBD's, without VOC's validation images."""
         return sorted({*self.voc_train, *self.sbd_train, *self.sbd_val} - {*self.voc_val})
 
     @property
     def sbd_only(self) -> list[str]:
-        """The images whose mask comes from SBD: where VOC has one, too, it is the more exact."""
+        """The images whose mask comes from SBD; if VOC has a mask too, VOC's is used, because it is more exact."""
         return sorted({*self.train_aug} - {*self.voc_train})
 
     def counts(self) -> dict[str, int]:
@@ -56,7 +48,7 @@ class AugmentedSet:
         return {name: len(names) for name, names in zip(KNOWN_COUNTS, lists, strict=True)}
 
     def images(self) -> dict[str, Path]:
-        """Return the file of every image for training and testing: VOC's, or else SBD's."""
+        """Return the file of every training and validation image: VOC's if there is one, else SBD's."""
         found = {}
         for name in (*self.train_aug, *self.voc_val):
             candidates = [folder / f"{name}.jpg" for folder in (self.voc / "JPEGImages", self.sbd / "img")]
@@ -72,7 +64,7 @@ class AugmentedSet:
         return dict(zip(names, find_masks(self.voc, names, self.voc / "SegmentationClass"), strict=True))
 
     def sbd_masks(self) -> dict[str, Path]:
-        """Return SBD's .mat files of the images that only SBD has masks of."""
+        """Return SBD's .mat files of the images whose masks only SBD has."""
         found = {name: self.sbd / "cls" / f"{name}.mat" for name in self.sbd_only}
         missing = [path for path in found.values() if not path.is_file()]
         if missing:
@@ -91,24 +83,20 @@ def find_sets(voc: Path, sbd: Path) -> AugmentedSet:
         folder,
         read_split(voc, "train"),
         read_split(voc, "val"),
-        read_sbd_list(folder / "train.txt"),
-        read_sbd_list(folder / "val.txt"),
+        sbd_names(folder / "train.txt"),
+        sbd_names(folder / "val.txt"),
     )
 
 
-def read_sbd_list(path: Path) -> tuple[str, ...]:
-    """Return the names in one of SBD's lists."""
-    names = tuple(image_name(line.split()[0]) for line in read_lines(path))
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{path} lists {twice!r} more than once")
-    return names
+def sbd_names(path: Path) -> tuple[str, ...]:
+    """Return the image names in one of SBD's lists."""
+    return read_names(path, str(path))
 
 
 def write_augmented_set(found: AugmentedSet, images: Mapping[str, Path], output: Path) -> None:
-    """Make `output` the root of a data set with the enlarged training set, or add that to the root it is already.
+    """Write the enlarged training set to `output`: a new folder, or the root of VOC itself.
 
-    The new list comes last: while it is missing, the masks are not complete.
+    The new list is written last, so that a list on the disk means that all its masks are there.
     """
     voc_masks, sbd_masks = found.voc_masks(), found.sbd_masks()
     masks, lists = output / "SegmentationClassAug", output / SPLIT_FOLDER
@@ -126,8 +114,8 @@ def write_augmented_set(found: AugmentedSet, images: Mapping[str, Path], output:
 
 
 def convert_masks(jobs: Mapping[Path, tuple[Path, Path]]) -> None:
-    """Convert .mat files, each given its image and the PNG to write."""
-    # In a process of its own: on some damaged files SciPy's reader does not raise, it crashes.
+    """Convert .mat files to PNGs: the keys are the .mat files, the values an image and the PNG to write."""
+    # In a separate process, because SciPy's reader crashes on some damaged files instead of raising an error.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         for path, (image, png) in tqdm(jobs.items(), "SBD's masks", unit="mask"):
             try:
@@ -142,7 +130,7 @@ def convert_mask(path: Path, image: Path, png: Path) -> None:
 
 
 def read_sbd_mask(path: Path, image: Path) -> NDArray[np.uint8]:
-    """Read one of SBD's .mat files: class indices [H, W], as large as the image."""
+    """Read one of SBD's .mat files: class indices [H, W], of the size of the image."""
     try:
         mask = loadmat(path, appendmat=False, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
     except Exception as error:  # SciPy raises nearly anything for a damaged file
@@ -163,15 +151,15 @@ def image_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             return width, height
-    except Exception as error:  # so does Pillow
+    except Exception as error:  # Pillow raises nearly anything for a damaged file
         raise DataError(f"cannot read image {path}: {error}") from error
 
 
 def link(source: Path, target: Path) -> None:
-    """Link to a file, or copy it where links are not allowed; what is there stays."""
+    """Link to a file, or copy it where links are not allowed; an existing target is left alone."""
     if target.exists():
         return
-    target.unlink(missing_ok=True)  # a link to what has been moved
+    target.unlink(missing_ok=True)  # a broken link: its file was moved
     try:
         target.symlink_to(source.resolve())
     except OSError:

@@ -10,22 +10,16 @@ from tqdm import tqdm
 
 from wsseg_layers import PAMR
 
-from .checkpoints import Network
-from .inference import multi_scale_masks, normalise, segment
+from ..backbones import normalise
+from ..dataset.splits import VOCDataset
+from ..inference.masks import multi_scale_masks, segment
+from ..model import CAMNet, Network
+from ..pseudo_labels import pseudo_labels
+from ..settings import Settings
+from ..train.distribution import Group
 from .metrics import IoUMeter
-from .model import CAMNet
-from .pseudo_labels import pseudo_labels
-from .settings import Settings
-from .splits import VOCDataset
 
 CAM_BACKGROUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # the first is the authors'
-
-
-class Group(NamedTuple):
-    """The processes that share the work: this one's rank, and how many there are."""
-
-    rank: int
-    size: int
 
 
 @torch.no_grad()
@@ -38,9 +32,9 @@ def evaluate(
     scales: Sequence[float] | None = None,
     flip: bool = True,
 ) -> dict[str, Tensor]:
-    """Return the IoU per class in percent: of the single-stage model, or of CAM-GAP for each of several backgrounds.
+    """Return the IoU per class in percent: of the single-stage model, or of CAM-GAP for several background scores.
 
-    Each process looks at its share of the images; the result is that of all.
+    Each process evaluates its share of the images; the result is that of all images.
     """
     model.eval()
     is_cam = isinstance(model, CAMNet)
@@ -60,7 +54,7 @@ def evaluate(
 
 
 class Pictures(NamedTuple):
-    """Some images, and for every title a mask of each."""
+    """Images, and for every title one mask per image."""
 
     images: list[Tensor]
     masks: dict[str, list[Tensor]]
@@ -68,7 +62,7 @@ class Pictures(NamedTuple):
 
 @torch.no_grad()
 def draw(model: Network, dataset: VOCDataset, settings: Settings, device: torch.device, count: int = 6) -> Pictures:
-    """Return the first images with their mask, the pseudo label made from it, and the ground truth."""
+    """Return the first images, each with its mask, the pseudo label made from the mask, and the ground truth."""
     model.eval()
     pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, resize="image").to(device)
     samples = [dataset[index] for index in range(min(count, len(dataset)))]
@@ -86,5 +80,5 @@ def draw(model: Network, dataset: VOCDataset, settings: Settings, device: torch.
 
 
 def enlarge(mask: Tensor, size: torch.Size) -> Tensor:
-    """Resize class indices [1, h, w] to [H, W], each pixel taking its nearest neighbour."""
+    """Resize class indices [1, h, w] to [H, W]; each pixel takes the index of its nearest neighbour."""
     return F.interpolate(mask[:, None].float(), size=tuple(size), mode="nearest")[0, 0].to(mask.dtype)

@@ -1,4 +1,4 @@
-"""From image files to masks, one image after the other: the network, then the choice of classes, or a CRF."""
+"""From image files to masks, image by image: first the network, then the choice of classes, with or without a CRF."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoints import Network
+from ..dataset.errors import DataError
+from ..model import CAMNet, Network
+from ..settings import Settings
 from .crf import crf_segment, start_workers
-from .data import DataError
-from .inference import multi_scale_masks, segment
-from .model import CAMNet
-from .pictures import Picture, Source, name_clashes, read_picture
-from .settings import Settings
+from .masks import multi_scale_masks, segment
+from .pictures import Picture, read_picture
+from .sources import Source, name_clashes
 
 
-class Prediction(NamedTuple):
-    """Masks [C + 1, H, W], background first; probabilities [C]; which classes are kept, as bool [C]."""
+class SoftMasks(NamedTuple):
+    """Masks [C + 1, H, W], background first; probabilities [C]; the classes that are kept, as bool [C]."""
 
     masks: Tensor
     probabilities: Tensor
@@ -30,15 +30,15 @@ class Prediction(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One image, and what the network says of it."""
+    """One image and its soft masks."""
 
     source: Source
     picture: Picture
-    prediction: Prediction
+    soft: SoftMasks
 
 
-class Predictor:
-    """A network with the settings of its test time."""
+class Segmenter:
+    """A network with its settings at test time."""
 
     def __init__(
         self,
@@ -54,12 +54,12 @@ class Predictor:
         self.flip = flip
         self.cam_background = cam_background
 
-    def __call__(self, picture: Picture, labels: frozenset[int] | None = None) -> Prediction:
-        """Predict the masks of a picture. Its labels, where given, are the classes that are kept."""
+    def __call__(self, picture: Picture, labels: frozenset[int] | None = None) -> SoftMasks:
+        """Return the soft masks of a picture. If its labels are given, they are the classes that are kept."""
         image = picture.tensor().to(self.device)
         masks, probabilities = multi_scale_masks(self.model, image, self.settings.scales, self.flip)
         if not (masks.isfinite().all() and probabilities.isfinite().all()):
-            raise DataError("what the network says of it is not finite")
+            raise DataError("the network's masks are not finite")
         if isinstance(self.model, CAMNet):
             masks[0] = self.cam_background
         else:
@@ -69,13 +69,13 @@ class Predictor:
         else:
             kept = torch.zeros_like(probabilities, dtype=torch.bool)
             kept[list(labels)] = True
-        return Prediction(masks, probabilities, kept)
+        return SoftMasks(masks, probabilities, kept)
 
 
-def predict(
-    sources: Sequence[Source], predictor: Predictor, max_pixels: int, report: Callable[[Path, str], object]
+def segment_images(
+    sources: Sequence[Source], segmenter: Segmenter, max_pixels: int, report: Callable[[Path, str], object]
 ) -> Iterator[Result]:
-    """Run the network on the images; one that cannot be segmented is reported, with the reason, and left out."""
+    """Run the network on the images; an image that cannot be segmented is reported with the reason and left out."""
     clashes = name_clashes(sources)
     for source in tqdm(sources, "segmenting", unit="image", leave=False):
         if source.path in clashes:
@@ -83,34 +83,34 @@ def predict(
             continue
         try:
             picture = read_picture(source.path, max_pixels)
-            prediction = predictor(picture, source.labels)
+            soft = segmenter(picture, source.labels)
         except DataError as error:
             report(source.path, str(error))
         except (MemoryError, torch.cuda.OutOfMemoryError):
             report(source.path, "not enough memory: try a lower --max-pixels, or smaller --scales")
         else:
-            yield Result(source, picture, prediction)
+            yield Result(source, picture, soft)
 
 
-def choose(results: Iterable[Result]) -> Iterator[tuple[Result, NDArray[np.uint8]]]:
-    """Choose the class of every pixel by the masks alone."""
+def choose_classes(results: Iterable[Result]) -> Iterator[tuple[Result, NDArray[np.uint8]]]:
+    """Choose the class of every pixel by the soft masks alone."""
     for result in results:
-        masks, _, kept = result.prediction
+        masks, _, kept = result.soft
         mask = segment(masks, kept.to(masks.dtype), min_probability=0.5)
         yield result, mask.to(torch.uint8).cpu().numpy()
 
 
-def refine(results: Iterable[Result], workers: int) -> Iterator[tuple[Result, NDArray[np.uint8]]]:
-    """Choose the class of every pixel after a CRF, in worker processes, while the network goes on."""
+def choose_classes_by_crf(results: Iterable[Result], workers: int) -> Iterator[tuple[Result, NDArray[np.uint8]]]:
+    """Choose the class of every pixel after a CRF, in worker processes that run beside the network."""
     waiting: deque[tuple[Result, Future[NDArray[np.uint8]]]] = deque()
     pool = start_workers(workers)
     try:
         for result in results:
-            masks, _, kept = result.prediction
+            masks, _, kept = result.soft
             indices = [0, *(1 + kept.nonzero().flatten()).tolist()]
             chosen = masks[indices].cpu().numpy()
             waiting.append((result, pool.submit(crf_segment, result.picture.pixels, chosen, indices)))
-            if len(waiting) > 2 * workers:  # a bound on the memory that they take
+            if len(waiting) > 2 * workers:  # a bound on memory
                 earlier, mask = waiting.popleft()
                 yield earlier, mask.result()
         for earlier, mask in waiting:

@@ -1,7 +1,5 @@
 """A small procedural data set in VOC's folder layout: textured objects on textured ground, drawn from a seed."""
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +8,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from .data import SPLIT_FOLDER, save_mask
+from ..files.whole import write_whole
+from .images import save_mask
+from .layout import SPLIT_FOLDER
 
 Array = NDArray[np.float64]
 Texture = Callable[[Array, Array], Array]  # (u, v) in units of the object's size -> tone in [0, 1]
 
 SIZES = ((128, 160), (160, 128), (144, 144))
 OBJECTS_PER_IMAGE = (1, 2, 2, 3)
-MIN_VISIBLE = 0.02  # of the image: an object that others have nearly covered is drawn again
+MIN_VISIBLE = 0.02  # fraction of the image: a scene in which an object shows less is drawn again
 
 
 def stripes(u: Array, _v: Array) -> Array:
@@ -56,29 +56,33 @@ OBJECTS: dict[str, tuple[Texture, int, float, float]] = {
 
 
 def toy_voc(root: Path, num_train: int = 320, num_val: int = 80, seed: int = 0) -> Path:
-    """Make the data set below `root` unless it is there already, and return its folder.
+    """Draw the data set into a folder below `root`, unless it is there already, and return the folder.
 
-    The folder's name holds what it was drawn from, and it appears whole or not at all.
+    The folder's name holds the arguments of the drawing. It appears whole or not at all.
     """
     folder = root / f"toy_voc_{num_train}_{num_val}_{seed}"
-    if folder.is_dir():
-        return folder
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    if not folder.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            write_whole(folder, lambda partial: draw_toy_voc(partial, num_train, num_val, seed))
+        except OSError:
+            if not folder.is_dir():  # else another process has drawn it in the meantime
+                raise
+    return folder
+
+
+def draw_toy_voc(folder: Path, num_train: int, num_val: int, seed: int) -> None:
+    """Draw the images and masks, and write the lists of names."""
     for name in ("JPEGImages", "SegmentationClass", SPLIT_FOLDER):
-        (partial / name).mkdir(parents=True, exist_ok=True)
-    (partial / "classes.txt").write_text("\n".join(OBJECTS) + "\n")
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / "classes.txt").write_text("\n".join(OBJECTS) + "\n")
     names = [f"toy_{index:06d}" for index in range(num_train + num_val)]
-    (partial / SPLIT_FOLDER / "train.txt").write_text("\n".join(names[:num_train]) + "\n")
-    (partial / SPLIT_FOLDER / "val.txt").write_text("\n".join(names[num_train:]) + "\n")
+    (folder / SPLIT_FOLDER / "train.txt").write_text("\n".join(names[:num_train]) + "\n")
+    (folder / SPLIT_FOLDER / "val.txt").write_text("\n".join(names[num_train:]) + "\n")
     for index, name in enumerate(tqdm(names, desc="drawing the toy data set", unit="image")):
         image, mask = draw_scene(np.random.default_rng((seed, index)))
-        Image.fromarray(image).save(partial / "JPEGImages" / f"{name}.jpg", quality=92)
-        save_mask(partial / "SegmentationClass" / f"{name}.png", mask)
-    try:
-        partial.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(partial)
-    return folder
+        Image.fromarray(image).save(folder / "JPEGImages" / f"{name}.jpg", quality=92)
+        save_mask(folder / "SegmentationClass" / f"{name}.png", mask)
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -97,7 +101,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.
 
 
 def draw_ground(rng: np.random.Generator, height: int, width: int) -> Array:
-    """Return a muted, cloudy ground [H, W, 3]."""
+    """Return a ground [H, W, 3] of muted clouds."""
     clouds = np.zeros((height, width))
     for cells in (3, 6, 12, 24):
         noise = Image.fromarray(rng.random((cells, cells)).astype(np.float32))
@@ -108,7 +112,7 @@ def draw_ground(rng: np.random.Generator, height: int, width: int) -> Array:
 
 
 def draw_object(rng: np.random.Generator, image: Array, mask: NDArray[np.uint8], label: int) -> None:
-    """Paint one object of class `label` (from 1) into image and mask: any place, size, angle and colour."""
+    """Paint one object of class `label` (from 1) into image and mask, at a random place, size, angle and colour."""
     texture, lobes, depth, aspect = OBJECTS[list(OBJECTS)[label - 1]]
     height, width = mask.shape
     size = rng.uniform(0.2, 0.42) * min(height, width)

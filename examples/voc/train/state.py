@@ -1,4 +1,4 @@
-"""What a training goes on from: the network, the optimizer, and how far they are."""
+"""The state of a training that is saved and resumed: network, optimizer, and progress."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,28 +6,31 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from .checkpoints import CheckpointError, build_model, read_checkpoint, save_checkpoint
-from .distributed import share_batch_statistics
-from .settings import Settings
-from .training import build_optimizer, freeze, seed_everything
+from ..checkpoints import CheckpointError, read_checkpoint, save_checkpoint
+from ..model import build_model
+from ..settings import Settings
+from .distribution import Group, share_batch_statistics
+from .optimizer import build_optimizer, freeze
+from .seeds import seed_everything
 
 LOSSES = ("loss", "classification", "segmentation")
 
 
 class TrainingState:
-    """A network in training. `step` steps of `epoch` are done; `sums` are their losses, added up."""
+    """A network in training: `step` steps of `epoch` are done, and `sums` are the sums of their losses."""
 
     def __init__(self, settings: Settings, classes: Sequence[str], accelerator: Accelerator) -> None:
-        """Start from ImageNet weights, or go on from what `settings.resume` names."""
+        """Start from ImageNet weights, or go on from the run that `settings.resume` names."""
         seed_everything(settings.seed)
         self.settings = settings
         self.classes = tuple(classes)
         self.accelerator = accelerator
+        self.group = Group(accelerator.process_index, accelerator.num_processes)
         self.network = build_model(settings, len(classes))
         self.network.to(accelerator.device)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
         freeze(self.network)
-        if accelerator.num_processes > 1:
+        if self.group.size > 1:
             share_batch_statistics(self.network)
         self.optimizer = build_optimizer(self.network, settings.lr, settings.weight_decay)
         self.epoch, self.step = 1, 0
@@ -43,7 +46,7 @@ class TrainingState:
         return "CAM-GAP" if self.settings.model == "cam" else "ours"
 
     def end_epoch(self, miou: float) -> None:
-        """Note the mean losses and the mean IoU of the epoch, and save; the next epoch may start."""
+        """Record the mean losses and the mean IoU of the epoch, save, and move on to the next epoch."""
         means = [total / self.step for total in self.sums]
         self.history.append({**dict(zip(LOSSES, means, strict=True)), "miou": miou})
         done = self.epoch
@@ -83,9 +86,9 @@ class TrainingState:
 
 
 def checkpoint_to_resume(settings: Settings) -> Path | None:
-    """Return the checkpoint that this network goes on from, if any; it can be read.
+    """Return the checkpoint from which this network goes on, or None. It has been read once, to see that it is whole.
 
-    It is the file that `resume` names if that is of this network, else the network's last one in the same folder.
+    It is the file that `resume` names, if that is of this network, else the network's last one in the same folder.
     """
     resume = settings.resume
     if resume is None:

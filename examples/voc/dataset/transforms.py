@@ -16,7 +16,7 @@ class TrainTransform(nn.Module):
         )
 
     def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the augmented image [3, crop, crop] in [0, 1], and the same part of its mask [H, W], if it has one."""
+        """Return the augmented image [3, crop, crop] in [0, 1] and its mask [crop, crop]; an empty mask stays empty."""
         if mask.numel() == 0:
             return self.augment(image[None])[0], mask
         keys = ["input", "mask"]

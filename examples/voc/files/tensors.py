@@ -1,4 +1,4 @@
-"""Files of tensors as `torch.save` writes them: read without executing anything, and without trusting their bits."""
+"""Files of tensors as `torch.save` writes them, read without executing code and with their checksums verified."""
 
 import zipfile
 from pathlib import Path
@@ -8,18 +8,18 @@ import torch
 
 
 def load_tensors(path: Path) -> Any:
-    """Return what a file holds, on the CPU.
+    """Return the content of a file, on the CPU.
 
     Raises:
         ValueError: the file is damaged, or holds something else than tensors and plain values; with the reason.
     """
     try:
-        if zipfile.is_zipfile(path):  # which old files of PyTorch are not
+        if zipfile.is_zipfile(path):  # files of PyTorch before 1.6 are not
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load takes a flipped bit for a weight
+                damaged = archive.testzip()  # torch.load itself does not verify checksums
             if damaged is not None:
                 raise ValueError(f"it is damaged: the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what zip, pickle and PyTorch's own reader raise has no common type
+    except Exception as error:  # zip, pickle and PyTorch raise errors of no common type
         reason = str(error).strip() or type(error).__name__
         raise ValueError(reason.splitlines()[0]) from error

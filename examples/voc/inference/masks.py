@@ -1,34 +1,25 @@
-"""Multi-scale inference: one image in, one mask of class indices out."""
+"""Multi-scale masks of one image, and the choice of a class for every pixel."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .backbones import Backbone
-from .model import CAMNet, Prediction, SingleStageNet, resize
-
-
-def normalise(image: Tensor, backbone: Backbone) -> Tensor:
-    """Bring an image [B, 3, H, W] in [0, 1] to the statistics that the backbone was trained with.
-
-    The result is channels-last: convolutions are up to twice as fast so, on a CPU too.
-    """
-    mean, std = image.new_tensor(backbone.mean), image.new_tensor(backbone.std)
-    return ((image - mean[:, None, None]) / std[:, None, None]).contiguous(memory_format=torch.channels_last)
+from ..backbones import normalise
+from ..model import Network, Output, resize
 
 
 @torch.no_grad()
 def multi_scale_masks(
-    model: SingleStageNet | CAMNet, image: Tensor, scales: Sequence[float] = (1.0,), flip: bool = True
+    model: Network, image: Tensor, scales: Sequence[float] = (1.0,), flip: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Average the masks over scales and flips.
 
     Args:
-        model: in eval mode.
+        model: a network in eval mode.
         image: one image [3, H, W] in [0, 1].
         scales: factors of the image's sides.
-        flip: also look at the mirrored image.
+        flip: use the mirrored image too.
 
     Returns:
         masks [C + 1, H, W], background first, and the probability of each class [C]: the highest over the scales.
@@ -39,22 +30,22 @@ def multi_scale_masks(
     for scale in scales:
         scaled = resize(image, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
         for mirrored in (False, True) if flip else (False,):
-            prediction: Prediction = model(scaled.flip(-1) if mirrored else scaled)
-            full = resize(prediction.masks, size)[0]
+            output: Output = model(scaled.flip(-1) if mirrored else scaled)
+            full = resize(output.masks, size)[0]  # [C + 1, H, W]
             total = total + (full.flip(-1) if mirrored else full)
-            probabilities.append(prediction.class_scores[0].sigmoid())
+            probabilities.append(output.class_scores[0].sigmoid())
     return total / len(probabilities), torch.stack(probabilities).amax(dim=0)
 
 
 def segment(masks: Tensor, probabilities: Tensor, min_probability: float = 0.1) -> Tensor:
-    """Choose a class for every pixel, among the background and the classes that are probable enough.
+    """Choose for every pixel the background or one of the classes that are probable enough.
 
-    (To remove the classes that are not in the image instead, give the image-level labels as probabilities.)
+    (To keep the classes of the image-level labels instead, give the labels as probabilities.)
 
     Args:
         masks: [C + 1, H, W], background first.
         probabilities: [C] in [0, 1].
-        min_probability: classes below it are removed.
+        min_probability: classes with a lower probability are removed.
 
     Returns:
         Class indices [H, W].
