@@ -44,7 +44,7 @@ def evaluate(root: Path, tmp_path: Path) -> Evaluate:
 
 
 def class_rows(folder: Path) -> list[list[float]]:
-    """Return IoU, precision and recall, a list each, as they were written."""
+    """Return the lists of IoU, precision and recall in the written file."""
     return [values.tolist() for values in load_iou_csv(folder / "classes.csv")[1].values()]
 
 

@@ -32,7 +32,7 @@ SETTINGS = replace(PRESETS["toy"], channels=8, background_power=2.0, min_probabi
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Networks whose backbones know ImageNet, and whose other weights are random."""
+    """Return a function that saves a network with ImageNet weights in its backbone and random weights elsewhere."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def path_of(name: str) -> Path:
@@ -142,7 +142,9 @@ def test_cam_gap(
     assert len(np.unique(mask)) > 1
 
 
-def test_the_rest_goes_on(trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_images_are_still_segmented(
+    trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = (images / "b.jpg").read_bytes()
     (images / "truncated.jpg").write_bytes(content[: len(content) // 2])
     (images / "empty.jpg").touch()
@@ -182,7 +184,7 @@ def test_long_and_thin(trained: Path, images: Path, tmp_path: Path) -> None:
 
 def test_overlays_and_scores(trained: Path, images: Path, tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side
+    exif[0x0112] = 6  # the stored image is turned by 90 degrees
     with Image.open(images / "b.jpg") as image:
         image.save(images / "b.jpg", exif=exif)
     assert infer(trained, images, tmp_path, "--overlays", "--scores") == 0
@@ -289,7 +291,7 @@ def test_ctrl_c_leaves_whole_masks(
     assert read_mask(tmp_path / "out/masks/b.png").shape == (32, 48)
 
 
-def test_memory(
+def test_too_little_memory(
     trained: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def too_large(model: object, image: torch.Tensor, *arguments: object) -> object:

@@ -16,7 +16,7 @@ Array = NDArray[np.float64] | NDArray[np.int64]
 
 
 def soft_margin(y: Array, z: Array) -> float:
-    """Eq. 6, mean over the batch."""
+    """Eq. 12 (eq. 6), the mean over the batch."""
     batch, classes = y.shape
     total = 0.0
     for b in range(batch):
@@ -121,7 +121,7 @@ def test_pseudo_labels(batch: int, classes: int, h: int, w: int, seed: int) -> N
 
 
 def test_pseudo_labels_by_hand() -> None:
-    #            sure sky  sure cat  both claim  nobody claims
+    #            only sky  only cat  both claim  neither claims
     background = [0.90, 0.05, 0.70, 0.50]
     cat = [0.05, 0.90, 0.60, 0.40]
     dog = [0.05, 0.05, 0.00, 0.90]  # not in the image

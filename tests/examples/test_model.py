@@ -12,7 +12,7 @@ from wsseg_layers import functional as WF
 
 
 class TinyBackbone(Backbone):
-    """Two convolutions at strides 4 and 16: quick, and without weights of its own to find."""
+    """Two convolutions at strides 4 and 16 with random weights: quick to build and to run."""
 
     mean = (0.5, 0.4, 0.3)
     std = (0.2, 0.3, 0.4)
@@ -156,7 +156,7 @@ def test_efficientnet_strides(size: tuple[int, int]) -> None:
 
 def test_efficientnet_weights_are_those_of_imagenet() -> None:
     backbone = pretrained_backbone("efficientnet_lite0").eval()
-    # A network with random weights would leave BatchNorm's running statistics far from those of its own features.
+    # The running statistics of BatchNorm fit the features only if the weights are the trained ones.
     seen: list[Tensor] = []
     norm = backbone.get_submodule("_blocks.3._bn0")
     norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output))

@@ -16,7 +16,7 @@ SIZE = (41, 33)
 
 
 class Published(Mapping[str, Tensor]):
-    """A published state_dict that remembers what was read from it."""
+    """A published state_dict that records the keys that were read."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = weights
@@ -136,7 +136,7 @@ def published_weights(model: SingleStageNet) -> dict[str, Tensor]:
 
 
 def random_network(name: str) -> SingleStageNet:
-    """Return a network in eval mode whose BatchNorm statistics are not the neutral ones."""
+    """Return a network in eval mode with random BatchNorm statistics."""
     model = SingleStageNet(build_backbone(name), 20).eval()
     for key, value in model.state_dict().items():
         if re.search(r"running_|norm|bn", key) and value.is_floating_point():

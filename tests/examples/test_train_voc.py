@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,12 @@ import pytest
 import torch
 import train_voc
 from PIL import Image
-from train_voc import main, parse_arguments
-from voc.backbones import build_backbone
-from voc.checkpoints import CheckpointError, load_trained, read_checkpoint, save_checkpoint
+from train_voc import main
+from voc.checkpoints import load_trained, read_checkpoint
 from voc.dataset.images import read_image
 from voc.evaluation.tables import load_iou_csv
 from voc.inference.masks import multi_scale_masks
-from voc.model import build_model
-from voc.settings import PAPER, PRESETS, Settings
 from voc.train.batches import AugmentedDataset
-from voc.visualise import overlay
 
 QUICK = shlex.split(
     "--preset toy --epochs 2 --classification-epochs 1 --crop-size 65 --channels 8 --batch-size 4 --workers 0 "
@@ -73,7 +67,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(toy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs that nothing disturbed."""
+    """A run of two epochs without interruption."""
     output = tmp_path_factory.mktemp("finished")
     assert main([*QUICK, "--data", str(toy_root), "--output", str(output), "--no-baseline", "--keep-checkpoints"]) == 0
     return output
@@ -112,7 +106,7 @@ def test_going_on_from_any_epoch(finished: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((finished / name).read_bytes())
     assert main(["--resume", str(tmp_path / "single_stage_001.pt")]) == 0
     assert_same_run(finished, tmp_path)
-    # What is finished is not trained again, and can be trained for longer.
+    # A finished run is not trained again, but can be continued with more epochs.
     before = weights_of(tmp_path / "single_stage.pt")
     assert main(["--resume", str(tmp_path)]) == 0
     assert all(torch.equal(value, before[key]) for key, value in weights_of(tmp_path / "single_stage.pt").items())
@@ -216,7 +210,7 @@ def test_a_truncated_image_is_named_in_one_line(
     shutil.copytree(toy_root, root)
     name = (root / "ImageSets/Segmentation/train.txt").read_text().split()[3]
     (image,) = (root / "JPEGImages").glob(f"{name}.*")
-    image.write_bytes(image.read_bytes()[:-900])  # its header is whole
+    image.write_bytes(image.read_bytes()[:-900])  # the header stays intact
     arguments = [*QUICK, "--data", str(root), "--output", str(tmp_path / "run"), "--no-baseline", "--workers", workers]
     assert main(arguments) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -233,7 +227,7 @@ def test_a_worker_that_dies_is_said_in_one_line(
 
 
 def test_half_precision(finished: Path, toy_root: Path, tmp_path: Path) -> None:
-    # In a process of its own: accelerate keeps one precision for the life of a process.
+    # In a separate process, because accelerate keeps its first precision until the process ends.
     process = start(
         [*QUICK, "--data", str(toy_root), "--output", str(tmp_path), "--no-baseline", "--precision", "bf16"]
     )
@@ -255,7 +249,7 @@ def test_masks_of_another_folder(toy_root: Path, tmp_path: Path, capsys: pytest.
         with Image.open(toy_root / f"SegmentationClass/{name}.png") as mask:
             Image.fromarray(np.full(mask.size[::-1], 255, np.uint8)).save(masks / f"{name}.png")
     assert main([*arguments, "--masks", str(masks), "--epochs", "1"]) == 0
-    # Nothing but void: there is nothing to learn.
+    # All pixels are void: there is nothing to learn.
     assert read_checkpoint(tmp_path / "run/single_stage.pt")["progress"]["history"][0]["loss"] == 0
 
 
@@ -270,171 +264,3 @@ def test_a_loss_that_is_not_finite(
     assert "the loss is nan in epoch 1, step 1" in capsys.readouterr().err
     saved = json.loads((tmp_path / "not_finite_0.json").read_text())
     assert len(saved["images"]) == 4
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "/no/such/folder"], "data folder not found: /no/such/folder"),
-        (["--data", "{root}", "--labels", "/no/such/file"], "labels file not found: /no/such/file"),
-        (["--data", "{root}", "--table-classes", "unicorn"], "--table-classes: unknown class 'unicorn'"),
-        (["--data", "{root}", "--device", "abacus"], "--device: cannot use 'abacus'"),
-        (["--data", "{root}", "--backbone", "vgg16"], "--backbone vgg16 needs --weights FILE"),
-        (["--data", "{root}", "--weights", "/no/such/file"], "weights not found: /no/such/file"),
-        (["--data", "{root}", "--accumulate", "3"], "--batch-size must be divisible by processes x --accumulate"),
-        (["--data", "{root}", "--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a CUDA device"),
-        (["--resume", "/no/such/run"], "--resume: no run to go on with: looked for /no/such/run"),
-    ],
-)
-def test_what_is_wrong_is_one_line_and_exit_code_2(
-    arguments: list[str], message: str, toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [argument.format(root=toy_root) for argument in arguments]
-    assert main([*arguments, "--output", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("train_voc.py: error: ")
-    assert message in error
-    assert "\n" not in error
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--epochs", "many"], "--epochs"),
-        (["--no-such-argument"], "--no-such-argument"),
-        (["--preset", "huge"], "huge"),
-        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
-        (["--scales", "1", "0"], "--scales must be at least 0.1, got 0.0"),
-        (["--mixing-rate", "1"], "--mixing-rate must be in [0, 1), got 1.0"),
-        (["--penalty-lambda", "0"], "--penalty-lambda must be greater than 0, got 0.0"),
-    ],
-)
-def test_wrong_arguments_exit_with_code_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
-
-
-def test_presets() -> None:
-    assert parse_arguments([]) == PRESETS["toy"]
-    assert parse_arguments(["--data", "x"]).crop_size == PRESETS["photographs"].crop_size
-    assert parse_arguments(["--preset", "paper", "--data=x", "--epochs", "3"]).crop_size == 321
-    paper = PRESETS["paper"]
-    assert (paper.epochs, paper.classification_epochs, paper.lr, paper.weight_decay) == (20, 5, 1e-3, 5e-4)
-
-
-def test_help_describes_every_argument(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    for field in PAPER.to_json():
-        assert f"--{field.replace('_', '-')}" in shown
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """Save an untrained network."""
-    settings = replace(PRESETS["toy"], channels=8)
-    model = build_model(settings, 2, build_backbone(settings.backbone))
-
-    def save() -> Path:
-        save_checkpoint(tmp_path / "single_stage.pt", model, settings, ["a", "b"], {"epoch": 1})
-        return tmp_path / "single_stage.pt"
-
-    return save
-
-
-def test_a_failed_write_leaves_the_older_checkpoint(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = checkpoint()
-    before = path.read_bytes()
-
-    def disk_full(*_: object) -> None:
-        raise RuntimeError("[enforce fail at inline_container.cc:664] unexpected pos 64 vs 0\nmore lines")
-
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match=r"cannot write .*single_stage.pt: .*unexpected pos"):
-        checkpoint()
-    assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == ["single_stage.pt"]
-
-
-def flip_a_bit(content: bytes) -> bytes:
-    """Damage a byte in the middle, which is one of a weight."""
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda path: path.unlink(), "checkpoint not found"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-500]), "cannot read checkpoint"),
-        (lambda path: path.write_bytes(flip_a_bit(path.read_bytes())), "it is damaged: the checksum of "),
-        (lambda path: path.write_bytes(b""), "cannot read checkpoint"),
-        (
-            lambda path: torch.save({"model": {}}, path),
-            "is not a checkpoint of train_voc.py: it has no classes, progress",
-        ),
-        (lambda path: torch.save([1, 2], path), "is not a checkpoint of train_voc.py"),
-        (lambda path: torch.save(Path("x"), path), "cannot read checkpoint"),  # a pickled object is not loaded
-    ],
-)
-def test_a_damaged_checkpoint(
-    checkpoint: Callable[..., Path], damage: Callable[[Path], object], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = checkpoint()
-    damage(path)
-    with pytest.raises(CheckpointError, match=message):
-        load_trained(path)
-    (path.parent / "settings.json").write_text(json.dumps({**PRESETS["toy"].to_json(), "baseline": False}))
-    if path.exists():
-        assert main(["--resume", str(path)]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_settings_of_another_version(checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    path = checkpoint()
-    saved = read_checkpoint(path)
-    saved["settings"]["penalty_weight"] = 0.01
-    torch.save(saved, path)
-    with pytest.raises(CheckpointError, match="does not fit this version: unknown setting 'penalty_weight'"):
-        load_trained(path)
-    settings = path.with_name("settings.json")
-    settings.write_text(json.dumps(saved["settings"]))
-    assert main(["--resume", str(path.parent)]) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert error.startswith(f"train_voc.py: error: --resume: cannot read settings {settings}: unknown setting 'penalty")
-
-
-def test_settings_survive_json() -> None:
-    settings = replace(PAPER, data=Path("a"), table_classes=("background", "cat"), resume=None)
-    assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
-
-
-@pytest.mark.parametrize(
-    ("backbone", "epochs", "lr", "crop"),
-    [
-        ("wide_resnet38", 24, 1e-3, 321),
-        ("vgg16", 32, 1e-3, 448),
-        ("resnet50", 20, 5e-4, 448),
-        ("resnet101", 20, 1e-3, 448),
-    ],
-)
-def test_presets_of_the_paper(backbone: str, epochs: int, lr: float, crop: int) -> None:
-    settings = parse_arguments(["--preset", "paper", "--backbone", backbone])
-    assert (settings.backbone, settings.epochs, settings.lr, settings.crop_size) == (backbone, epochs, lr, crop)
-
-
-def test_overlay_leaves_the_background_as_it_is() -> None:
-    image = torch.rand(3, 2, 2)
-    painted = overlay(image, torch.tensor([[0, 1], [0, 255]]))
-    pixels = image.permute(1, 2, 0).double().numpy()
-    np.testing.assert_allclose(painted[:, 0], pixels[:, 0])
-    assert np.abs(painted[:, 1] - pixels[:, 1]).max() > 0.1

@@ -19,7 +19,7 @@ def test_iou_by_hand() -> None:
     meter = IoUMeter(4)
     meter.update(torch.tensor([[0, 0, 1], [1, 1, 2]]), torch.tensor([[0, 1, 1], [1, 255, 1]]))
     meter.update(torch.tensor([[2]]), torch.tensor([[2]]))
-    # class 0: 1 right, 2 claimed, 1 there. class 1: 2 right, 2 claimed (void aside), 4 there. class 2: 1, 2, 1
+    # (correct, predicted without void, actual): class 0: 1, 2, 1; class 1: 2, 2, 4; class 2: 1, 2, 1
     assert meter.iou()[:3].tolist() == pytest.approx([100 * 1 / 2, 100 * 2 / 4, 100 * 1 / 2])
     assert meter.iou()[3].isnan()
     assert mean_iou(meter.iou()) == pytest.approx(50)
@@ -37,8 +37,8 @@ def test_precision_and_recall_by_hand() -> None:
     predicted = torch.tensor([[0, 0, 1, 1], [1, 1, 3, 0]], dtype=torch.uint8)
     target = torch.tensor([[0, 1, 1, 1], [255, 0, 0, 2]], dtype=torch.uint8)
     metrics = class_metrics(confusion_matrix(predicted, target, 5))
-    # class 0: 1 right, 3 claimed, 3 there. class 1: 2 right, 3 claimed (void aside), 3 there. class 2: never claimed,
-    # 1 there. class 3: claimed once, not there. class 4: neither.
+    # (correct, predicted without void, actual): class 0: 1, 3, 3; class 1: 2, 3, 3; class 2: 0, 0, 1; class 3: 0, 1, 0;
+    # class 4: 0, 0, 0
     expected = [[20, 50, 0, 0, NAN], [100 / 3, 200 / 3, NAN, 0, NAN], [100 / 3, 200 / 3, 0, NAN, NAN]]
     for values, by_hand in zip(metrics, expected, strict=True):
         assert values.tolist() == pytest.approx(by_hand, nan_ok=True)
@@ -78,7 +78,7 @@ def test_table() -> None:
 
 @pytest.fixture
 def crf_rnn() -> Tensor:
-    """A line of Table 5, and what the table gives as its mean is 52.8."""
+    """A line of Table 5, whose printed mean is 52.8."""
     line = "85.8 65.2 29.4 63.8 31.2 37.2 69.6 64.3 76.2 21.4 56.3 29.8 68.2 60.6 66.2 55.8 30.8 66.1 34.9 48.8 47.1"
     return torch.tensor([float(value) for value in line.split()], dtype=torch.float64)
 

@@ -20,11 +20,11 @@ from voc.dataset.splits import load_split, load_split_with_masks
 HEIGHT, WIDTH = 5, 8
 VOC_TRAIN, VOC_VAL = ["v_train", "v_both"], ["v_val", "s_is_val"]
 SBD_TRAIN, SBD_VAL = ["v_both", "s_train", "s_is_val"], ["s_other"]
-FROM_SBD = ["s_other", "s_train"]  # what neither of VOC's lists has
+FROM_SBD = ["s_other", "s_train"]  # in neither of VOC's lists
 
 
 def mask_of(name: str) -> NDArray[np.uint8]:
-    """A mask of classes 0 to 20 that no other name has."""
+    """Return a mask of classes 0 to 20 that depends on the name."""
     return np.random.default_rng(list(name.encode())).integers(0, 21, (HEIGHT, WIDTH)).astype(np.uint8)
 
 
@@ -34,7 +34,7 @@ def save_image(folder: Path, name: str) -> None:
 
 
 def save_sbd_mask(path: Path, mask: NDArray[np.generic], compress: bool = True) -> None:
-    """Write a mask as SBD does: beside boundaries and the classes that are there."""
+    """Write a mask as SBD does: together with boundaries and a list of its classes."""
     boundaries = np.empty((20, 1), dtype=object)
     boundaries[:, 0] = [np.zeros((1, 1), np.uint8)] * 20
     content = {"Boundaries": boundaries, "Segmentation": mask, "CategoriesPresent": np.unique(mask)[:, None]}
@@ -104,7 +104,7 @@ def test_into_a_folder_of_its_own(voc: Path, sbd: Path, tmp_path: Path) -> None:
     output = tmp_path / "a/new/root"
     before = sorted(voc.rglob("*"))
     assert prepare(voc, sbd, output) == 0
-    assert prepare(voc, sbd, output) == 0  # once more, on what is there
+    assert prepare(voc, sbd, output) == 0  # a second time, into the same folder
     assert sorted(voc.rglob("*")) == before
     classes = [f"class{index}" for index in range(20)]
     train = load_split_with_masks(output, read_split(output, "train_aug"), classes)
@@ -161,7 +161,7 @@ def test_known_counts_need_no_permission(
 
 
 def test_the_lists_of_the_full_sets_give_the_known_number(voc: Path, sbd: Path) -> None:
-    """Of 12,031 images, SBD has 11,355 and VOC's lists 2,913; the other figures follow."""
+    """The number of training images follows from 12,031 images, of which SBD has 11,355 and VOC's lists 2,913."""
     names = [f"{index:05d}" for index in range(8498 + 2857 + 676)]
     extra, train, val = names[:9118], names[9118 : 9118 + 1464], names[9118 + 1464 :]
     in_sbd = [*extra, *train[300:], *val[376:]]
@@ -173,7 +173,7 @@ def test_the_lists_of_the_full_sets_give_the_known_number(voc: Path, sbd: Path) 
 
 
 def unknown_type(path: Path) -> None:
-    """Give the pixels a data type that MATLAB's format reserves: SciPy 1.17 crashes."""
+    """Give the pixels a reserved data type of MATLAB's format, on which SciPy 1.17 crashes."""
     save_sbd_mask(path, mask_of("s_train"), compress=False)
     content = path.read_bytes()
     tag = struct.pack("=II", 2, HEIGHT * WIDTH)

@@ -66,7 +66,7 @@ def test_image_and_mask_are_augmented_alike() -> None:
         assert seen.shape == (3, 33, 33)
         assert set(cut.unique().tolist()) == {0, 7, 255}
         inside = (cut == 7).float()
-        # The jitter changes the tones, but what is bright stays where it is.
+        # The jitter changes the tones, but does not move the bright area.
         correlation = torch.corrcoef(torch.stack([seen.mean(0).flatten(), inside.flatten()]))[0, 1]
         assert correlation > 0.9
         flips.add(bool((cut[:, 0] == 255).all()))
@@ -131,7 +131,7 @@ def check_everything(root: Path, labels_file: Path | None = None) -> None:
     load_split_with_masks(root, read_split(root, "val"), classes)
 
 
-def test_nothing_is_wrong_to_begin_with(root: Path) -> None:
+def test_the_fixture_has_no_error(root: Path) -> None:
     check_everything(root)
 
 

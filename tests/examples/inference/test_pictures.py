@@ -13,10 +13,7 @@ from PIL import Image, ImageOps
 from PIL.ExifTags import Base
 from voc.dataset.errors import DataError
 from voc.dataset.images import read_image
-from voc.files.whole import write_whole
-from voc.inference.outputs import write_scores
 from voc.inference.pictures import Picture, read_picture, reduced_size
-from voc.inference.sources import find_sources, split_sources
 
 ALL = 10**6  # more pixels than any of these images has
 
@@ -52,7 +49,7 @@ def test_16_bits_are_not_clipped(suffix: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels, np.repeat([[[0], [0], [1]], [[128], [254], [255]]], 3, axis=2))
 
 
-@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 mean nothing
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 are invalid
 def test_orientation(orientation: int, tmp_path: Path) -> None:
     stored = Image.fromarray(noise(4, 6))
     exif = Image.Exif()
@@ -93,7 +90,7 @@ def test_reduced_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def bomb() -> bytes:
-    """A PNG of few bytes that says it is 60000 x 60000."""
+    """Return a PNG of few bytes whose header says 60000 x 60000."""
     chunks = {b"IHDR": struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0), b"IDAT": zlib.compress(bytes(1000))}
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -143,65 +140,6 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     for name, message in {"folder": "is a folder", "link": "not found", "pipe": "is no regular file"}.items():
         with pytest.raises(DataError, match=message):
             read_picture(tmp_path / f"{name}.jpg", ALL)
-
-
-def test_a_folder(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a.png", "C.jpeg", "notes.txt", "d.Tiff", "no_suffix"):
-        (tmp_path / name).touch()
-    (tmp_path / "below").mkdir()
-    (tmp_path / "below/e.png").touch()
-    assert [source.path.name for source in find_sources(tmp_path)] == ["C.jpeg", "a.png", "b.JPG", "d.Tiff"]
-    assert [source.name for source in find_sources(tmp_path / "b.JPG")] == ["b"]
-
-
-@pytest.mark.parametrize("entry", ["../a", "x/../../a", "..", "/JPEGImages/../a.jpg", "..\\a"])
-def test_names_that_lead_elsewhere(entry: str, tmp_path: Path) -> None:
-    (tmp_path / "JPEGImages").mkdir()
-    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
-    (tmp_path / "ImageSets/Segmentation/val.txt").write_text(f"good\n{entry}\n")
-    with pytest.raises(DataError, match="leads out of the data set"):
-        split_sources(tmp_path, "val")
-
-
-def test_a_split(tmp_path: Path) -> None:
-    (tmp_path / "JPEGImages").mkdir()
-    (tmp_path / "JPEGImages/b.png").touch()
-    (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
-    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("b\n/JPEGImages/a.jpg /SegmentationClassAug/a.png\n")
-    sources = split_sources(tmp_path, "val")
-    assert [(source.name, source.path.name) for source in sources] == [("b", "b.png"), ("a", "a.jpg")]
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_half_a_file_is_never_seen(error: BaseException, tmp_path: Path) -> None:
-    path = tmp_path / "mask.png"
-    path.write_text("older")
-
-    def write_half(partial: Path) -> None:
-        partial.write_text("new and not comp")
-        raise error
-
-    with pytest.raises(type(error)) as raised:
-        write_whole(path, write_half)
-    if isinstance(error, OSError):
-        assert str(raised.value) == f"cannot write {path}: No space left on device"
-    assert path.read_text() == "older"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_file_is_replaced_not_rewritten(tmp_path: Path) -> None:
-    path = tmp_path / "mask.png"
-    path.write_text("older")
-    with path.open() as reader:
-        write_whole(path, lambda partial: partial.write_bytes(b"new"))
-        assert reader.read() == "older"
-    assert path.read_text() == "new"
-
-
-def test_a_name_that_is_no_text(tmp_path: Path) -> None:
-    name = os.fsdecode(b"caf\xe9")
-    write_scores(tmp_path / "scores.csv", ["a,b", "c"], [(name, [0.25, 1e-9])])
-    assert (tmp_path / "scores.csv").read_bytes() == b'image,"a,b",c\r\ncaf\xe9,0.250000,0.000000\r\n'
 
 
 def test_a_picture_as_it_is() -> None:
