@@ -28,9 +28,15 @@ from voc.evaluation.metrics import mean_iou
 from voc.evaluation.network import draw, evaluate
 from voc.evaluation.tables import iou_table, save_iou_csv
 from voc.files.whole import write_text_whole
-from voc.losses import classification_loss, confident_pixels, mask_loss, segmentation_loss
+from voc.losses import (
+    classification_loss,
+    confident_pixels,
+    mask_loss,
+    published_segmentation_loss,
+    segmentation_loss,
+)
 from voc.model import Network, Output, build_model
-from voc.pseudo_labels import pseudo_labels
+from voc.self_supervision import labels_from_masks
 from voc.settings import Settings
 from voc.train.batches import AugmentedDataset, GlobalBatches, load_batches
 from voc.train.distribution import GlobalBatchNoise, start_accelerator
@@ -40,8 +46,6 @@ from voc.train.seeds import mix_seed
 from voc.train.signals import StopRequest, quiet_threads, sigterm_interrupts
 from voc.train.state import LOSSES, TrainingState, checkpoint_to_resume
 from voc.visualise import overlay_figure, save_curves
-
-from wsseg_layers import PAMR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,8 +244,9 @@ def losses_of(
     classification = classification_loss(output.class_scores, labels)
     if settings.model == "cam" or state.epoch <= settings.classification_epochs:
         return classification, torch.zeros_like(classification)
-    pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, resize="image")
-    target = pseudo_labels(pamr(image, output.masks.detach()), labels)
+    target = labels_from_masks(image, output.masks.detach(), labels, settings)
+    if settings.loss == "published":
+        return classification, published_segmentation_loss(output.logits, target)
     return classification, segmentation_loss(output.logits, target, mean_confident(target))
 
 

@@ -61,6 +61,7 @@ def test_presets() -> None:
     assert parse_arguments(["--data", "x"]).crop_size == PRESETS["photographs"].crop_size
     assert parse_arguments(["--preset", "paper", "--data=x", "--epochs", "3"]).crop_size == 321
     paper = PRESETS["paper"]
+    assert parse_arguments([]).loss == parse_arguments(["--data", "x"]).loss == "paper"
     assert (paper.epochs, paper.classification_epochs, paper.lr, paper.weight_decay) == (20, 5, 1e-3, 5e-4)
 
 
@@ -90,3 +91,4 @@ def test_settings_survive_json() -> None:
 def test_presets_of_the_paper(backbone: str, epochs: int, lr: float, crop: int) -> None:
     settings = parse_arguments(["--preset", "paper", "--backbone", backbone])
     assert (settings.backbone, settings.epochs, settings.lr, settings.crop_size) == (backbone, epochs, lr, crop)
+    assert settings.loss == "published"

@@ -188,6 +188,7 @@ def test_two_processes_have_the_losses_of_one(finished: Path, toy_root: Path, tm
         (["--model", "cam"], {"CAM-GAP (background 0.1)"}),
         (["--supervision", "masks"], {"ours"}),
         (["--no-baseline", "--accumulate", "2"], {"ours"}),
+        (["--no-baseline", "--loss", "published", "--classification-epochs", "0"], {"ours"}),
         (["--no-baseline", "--no-gci", "--no-size-penalty", "--gate", "deterministic"], {"ours"}),
     ],
 )

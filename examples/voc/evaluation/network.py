@@ -8,13 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from wsseg_layers import PAMR
-
 from ..backbones import normalise
 from ..dataset.splits import VOCDataset
 from ..inference.masks import multi_scale_masks, segment
 from ..model import CAMNet, Network
-from ..pseudo_labels import pseudo_labels
+from ..self_supervision import labels_from_masks
 from ..settings import Settings
 from ..train.distribution import Group
 from .metrics import IoUMeter
@@ -64,14 +62,13 @@ class Pictures(NamedTuple):
 def draw(model: Network, dataset: VOCDataset, settings: Settings, device: torch.device, count: int = 6) -> Pictures:
     """Return the first images, each with its mask, the pseudo label made from the mask, and the ground truth."""
     model.eval()
-    pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, resize="image").to(device)
     samples = [dataset[index] for index in range(min(count, len(dataset)))]
     masks: dict[str, list[Tensor]] = {"mask": [], "pseudo label": [], "ground truth": []}
     for sample in samples:
         image = sample.image.to(device)
         averaged, probabilities = multi_scale_masks(model, image, settings.scales)
         coarse = model(normalise(image[None], model.backbone)).masks
-        target = pseudo_labels(pamr(image[None], coarse), sample.labels[None].to(device))
+        target = labels_from_masks(image[None], coarse, sample.labels[None].to(device), settings)
         averaged[0] = CAM_BACKGROUNDS[0] if isinstance(model, CAMNet) else averaged[0] ** settings.background_power
         masks["mask"].append(segment(averaged, probabilities, settings.min_probability).cpu())
         masks["pseudo label"].append(enlarge(target, sample.mask.shape).cpu())
