@@ -19,6 +19,8 @@ from voc.inference.outputs import write_mask, write_overlay, write_scores
 from voc.inference.segmenter import Segmenter, choose_classes, choose_classes_by_crf, segment_images
 from voc.inference.sources import Source, add_labels, find_sources, split_sources
 from voc.model import CAMNet
+from voc.released import load_released
+from voc.settings import BackboneName
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,20 @@ class Arguments:
     """
 
     checkpoint: Positional[Path]
-    """Checkpoint of train_voc.py: of the single-stage network or of CAM-GAP."""
+    """Checkpoint of train_voc.py: of the single-stage network or of CAM-GAP. With --released, a file of the authors."""
 
     input: Positional[Path]
     """An image, a folder of images (without its subfolders), or with --split a data set in VOC's layout."""
 
     output: Path = Path("runs/predictions")
     """Folder for masks/NAME.png, and for overlays/NAME.jpg and scores.csv if they are asked for."""
+
+    released: bool = False
+    """CHECKPOINT is a file of the authors' published network, for VOC's 20 classes; --backbone says which. The scales,
+    the lowest probability and the power of the background are those of their configuration files."""
+
+    backbone: BackboneName | None = None
+    """Backbone of the published network, for --released."""
 
     split: str | None = None
     """Segment the images of ImageSets/Segmentation/SPLIT.txt."""
@@ -55,6 +64,11 @@ class Arguments:
 
     flip: bool = True
     """Use the mirrored image too, at each scale."""
+
+    pad_to: int | None = None
+    """Show the network every scaled image in the centre of a square of this side, with the mean colour around it. The
+    authors use 1024 for wide_resnet38 and 768 for the other backbones. Padding changes the probabilities of classes.
+    Default: no padding."""
 
     min_probability: float | None = None
     """Remove classes with a lower probability. Default: the checkpoint's."""
@@ -96,8 +110,13 @@ class Arguments:
             raise ValueError(f"--scales: expected one or more finite numbers, got {self.scales}")
         if self.cam_background is not None and not self.cam_background >= 0:
             raise ValueError(f"--cam-background must be at least 0, got {self.cam_background}")
-        for name, value in {"max-pixels": self.max_pixels, "workers": self.workers}.items():
-            if value < 1:
+        if self.released and self.backbone is None:
+            raise ValueError("--released needs --backbone, the backbone of the published network")
+        if self.backbone is not None and not self.released:
+            raise ValueError("--backbone is for --released, which is not given: a checkpoint names its backbone")
+        limits = {"max-pixels": self.max_pixels, "workers": self.workers, "pad-to": self.pad_to}
+        for name, value in limits.items():
+            if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
 
 
@@ -105,7 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Segment all images. Returns the exit code."""
     try:
         arguments = tyro.cli(Arguments, args=argv)
-        trained = load_trained(arguments.checkpoint)
+        if arguments.backbone is None:
+            trained = load_trained(arguments.checkpoint)
+        else:
+            trained = load_released(arguments.checkpoint, arguments.backbone)
         segmenter = build_segmenter(trained, arguments)
         sources = find_all(arguments, trained.classes)
         if arguments.crf:
@@ -131,7 +153,7 @@ def build_segmenter(trained: Trained, arguments: Arguments) -> Segmenter:
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     cam_background = CAMNet.background if arguments.cam_background is None else arguments.cam_background
     device = choose_device(arguments.device)
-    return Segmenter(model, replace(settings, **given), device, arguments.flip, cam_background)
+    return Segmenter(model, replace(settings, **given), device, arguments.flip, cam_background, arguments.pad_to)
 
 
 def find_all(arguments: Arguments, classes: Sequence[str]) -> list[Source]:

@@ -1,11 +1,14 @@
-"""Load a checkpoint of the authors' published network into ours."""
+"""Load the authors' published checkpoints."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .backbones import load_strictly, read_state_dict, unwrap_state_dict
+from .backbones import build_backbone, load_strictly, read_state_dict, unwrap_state_dict
+from .checkpoints import Trained
+from .dataset.layout import VOC_CLASSES
 from .model import SingleStageNet
+from .settings import BackboneName, paper_settings
 
 # Published module -> ours; all other modules are in our `backbone`, under the same name.
 MODULES = {
@@ -52,6 +55,13 @@ def load_released_checkpoint(model: SingleStageNet, checkpoint: Path | str | Map
         weights = read_state_dict(Path(checkpoint))
     renamed = {rename_key(key): value for key, value in weights.items() if not key.startswith(PAMR_PREFIX)}
     load_strictly(model, renamed, "the checkpoint does not fit the model")
+
+
+def load_released(path: Path, backbone: BackboneName) -> Trained:
+    """Return the published network of a backbone, in eval mode, with its classes and the authors' settings."""
+    model = SingleStageNet(build_backbone(backbone), len(VOC_CLASSES))
+    load_released_checkpoint(model, path)
+    return Trained(model.eval(), VOC_CLASSES, paper_settings(backbone))
 
 
 def rename_key(key: str) -> str:

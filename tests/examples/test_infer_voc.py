@@ -305,6 +305,18 @@ def test_too_little_memory(
     assert line.startswith(f"infer_voc.py: skipped {images}/b.jpg: not enough memory: try a lower --max-pixels")
 
 
+def test_padding(trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--scales", "1", "0.5", "--pad-to", "40"]
+    assert infer(trained, images, tmp_path, *arguments) == 1
+    (line,) = skipped_lines(capsys)
+    assert line.endswith("b.jpg: scaled to 48x32 pixels, it does not fit into --pad-to 40")
+    model = load_trained(trained).model
+    masks, probabilities = multi_scale_masks(model, read_image(images / "a.png"), (1.0, 0.5), pad_to=40)
+    masks[0] = masks[0] ** SETTINGS.background_power
+    expected = segment(masks, probabilities, SETTINGS.min_probability)
+    np.testing.assert_array_equal(read_mask(tmp_path / "masks/a.png"), expected.numpy())
+
+
 def test_a_network_that_is_not_finite(
     trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -362,6 +374,8 @@ def test_crf_without_pydensecrf(
         (["{trained}", "{images}", "--cam-background", "0.1"], "--cam-background is for a CAM-GAP checkpoint"),
         (["{cam}", "{images}", "--background-power", "3"], "--background-power is not for a CAM-GAP checkpoint"),
         (["{trained}", "{images}", "--output", "{images}/b.jpg"], "Not a directory"),
+        (["--released", "{root}/none.pth", "--backbone", "vgg16", "{images}"], "weights not found: {root}/none.pth"),
+        (["--released", "{trained}", "--backbone", "vgg16", "{images}"], "the checkpoint does not fit the model"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(
@@ -393,6 +407,9 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
         (["--scales"], "--scales: expected one or more finite numbers"),
         (["--scales", "inf"], "--scales: expected one or more finite numbers"),
         (["--cam-background", "nan"], "--cam-background must be at least 0, got nan"),
+        (["--released"], "--released needs --backbone"),
+        (["--backbone", "vgg16"], "--backbone is for --released, which is not given"),
+        (["--pad-to", "0"], "--pad-to must be at least 1, got 0"),
         (["--max-pixels", "0"], "--max-pixels must be at least 1, got 0"),
         (["--workers", "0"], "--workers must be at least 1, got 0"),
         (["--no-such-argument"], "--no-such-argument"),

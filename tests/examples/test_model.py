@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from voc.backbones import Backbone, EfficientNetLite0, build_backbone, normalise, pretrained_backbone
+from voc.dataset.errors import DataError
 from voc.inference.masks import multi_scale_masks, segment
 from voc.model import ASPP, CAMNet, SingleStageNet
 from voc.train.optimizer import build_optimizer, freeze, freeze_norm_statistics
@@ -137,6 +139,23 @@ def test_multi_scale_masks_average(ours: SingleStageNet) -> None:
     torch.testing.assert_close(masks, expected)
     torch.testing.assert_close(probabilities, torch.stack([p for _, p in singles]).amax(0))
     torch.testing.assert_close(masks.sum(0), torch.ones(31, 45))
+
+
+@pytest.mark.parametrize("side", [45, 46, 64])
+def test_padding(ours: SingleStageNet, side: int) -> None:
+    ours.eval()
+    image = torch.rand(3, 30, 45)
+    top, left = (side - 30) // 2, (side - 45) // 2
+    mean, std = (torch.tensor(values)[:, None, None] for values in (TinyBackbone.mean, TinyBackbone.std))
+    square = torch.zeros(1, 3, side, side)
+    square[0, :, top : top + 30, left : left + 45] = (image - mean) / std
+    output = ours(square)
+    whole = F.interpolate(output.masks, size=(side, side), mode="bilinear", align_corners=True)
+    masks, probabilities = multi_scale_masks(ours, image, flip=False, pad_to=side)
+    torch.testing.assert_close(masks, whole[0, :, top : top + 30, left : left + 45])
+    torch.testing.assert_close(probabilities, output.class_scores[0].sigmoid())
+    with pytest.raises(DataError, match="scaled to 90x60 pixels, it does not fit into --pad-to 64"):
+        multi_scale_masks(ours, image, scales=(2.0,), pad_to=64)
 
 
 def test_segment_by_hand() -> None:

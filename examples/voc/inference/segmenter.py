@@ -47,17 +47,19 @@ class Segmenter:
         device: torch.device,
         flip: bool = True,
         cam_background: float = CAMNet.background,
+        pad_to: int | None = None,
     ) -> None:
         self.model = model.to(device)
         self.settings = settings
         self.device = device
         self.flip = flip
         self.cam_background = cam_background
+        self.pad_to = pad_to
 
     def __call__(self, picture: Picture, labels: frozenset[int] | None = None) -> SoftMasks:
         """Return the soft masks of a picture. If its labels are given, they are the classes that are kept."""
         image = picture.tensor().to(self.device)
-        masks, probabilities = multi_scale_masks(self.model, image, self.settings.scales, self.flip)
+        masks, probabilities = multi_scale_masks(self.model, image, self.settings.scales, self.flip, self.pad_to)
         if not (masks.isfinite().all() and probabilities.isfinite().all()):
             raise DataError("the network's masks are not finite")
         if isinstance(self.model, CAMNet):
