@@ -20,6 +20,7 @@ from voc.dataset.labels import find_labels
 from voc.dataset.layout import class_indices, find_masks, read_classes, read_split
 from voc.evaluation.metrics import class_metrics, confusion_matrix
 from voc.evaluation.tables import iou_table, method_table, save_iou_csv, save_method_csv
+from voc.files.soft import choose_classes, load_soft
 from voc.files.whole import write_text_whole
 
 SHOWN_ERRORS = 10
@@ -34,8 +35,9 @@ class Arguments:
     """
 
     predictions: Annotated[Positional[Path], arg(metavar="PREDICTIONS")]
-    """Folder of the predicted masks, one NAME.png per image of the split: a palette or 8-bit grey PNG of class indices,
-    of the size of the ground truth. Every pixel needs a class: the value 255 is an error. Other files are ignored."""
+    """Folder of the predictions, one NAME.png per image of the split: a palette or 8-bit grey PNG of class indices, of
+    the size of the ground truth. Every pixel needs a class: the value 255 is an error. Or one NAME.npz per image: the
+    soft masks of `infer_voc.py --soft`. Other files are ignored."""
 
     data: Annotated[Positional[Path], arg(metavar="DATA")]
     """Root of a data set in VOC's layout: JPEGImages, ImageSets/Segmentation/*.txt, SegmentationClass or
@@ -48,7 +50,8 @@ class Arguments:
     """Folder of the ground truth; default: SegmentationClass, else SegmentationClassAug."""
 
     clean: bool = False
-    """Remove classes that are not among the image's labels (Tables 2 and 9): their pixels become background."""
+    """Remove classes that are not among the image's labels before a class is chosen for every pixel (Tables 2 and 9).
+    This needs soft masks: a mask of class indices does not say which class is the second best."""
 
     labels: Path | None = None
     """File of image-level labels for --clean, lines `id class class ...`. Default: Annotations/*.xml if there are
@@ -113,8 +116,14 @@ def find_pairs(arguments: Arguments, classes: Sequence[str]) -> list[Pair]:
     labels: Sequence[frozenset[int] | None] = [None] * len(names)
     if arguments.clean:
         labels = find_labels(root, names, classes, arguments.labels, arguments.masks)
-    predictions = [folder / f"{name}.png" for name in names]
+    predictions = [find_prediction(folder, name, arguments.clean) for name in names]
     return [Pair(*pair) for pair in zip(predictions, targets, labels, strict=True)]
+
+
+def find_prediction(folder: Path, name: str, clean: bool) -> Path:
+    """Return the file of an image: soft masks for `clean`, else a mask of class indices if there is one."""
+    mask, soft = folder / f"{name}.png", folder / f"{name}.npz"
+    return soft if clean or (soft.is_file() and not mask.is_file()) else mask
 
 
 def compare_all(pairs: Sequence[Pair], num_classes: int, workers: int) -> Tensor:
@@ -137,7 +146,7 @@ def compare_all(pairs: Sequence[Pair], num_classes: int, workers: int) -> Tensor
 def compare(pair: Pair, num_classes: int) -> Tensor | DataError:
     """Return the confusion matrix of one pair, or the error of a wrong file."""
     try:
-        predicted, target = read_indices(pair.predicted), read_indices(pair.target)
+        predicted, target = read_prediction(pair, num_classes), read_indices(pair.target)
         if predicted.shape != target.shape:
             raise DataError(
                 f"prediction {pair.predicted} is {predicted.shape[1]}x{predicted.shape[0]}, "
@@ -147,9 +156,24 @@ def compare(pair: Pair, num_classes: int) -> Tensor | DataError:
         check_indices(pair.target, target[target != IGNORE], f"0 to {num_classes}, or {IGNORE} (void)", num_classes)
     except DataError as error:
         return error
-    if pair.labels is not None:
-        predicted[~np.isin(predicted, [1 + label for label in pair.labels])] = 0
     return confusion_matrix(torch.from_numpy(predicted), torch.from_numpy(target), 1 + num_classes)
+
+
+def read_prediction(pair: Pair, num_classes: int) -> NDArray[np.uint8]:
+    """Read the predicted mask [H, W] of class indices, or choose the classes of its soft masks."""
+    if pair.predicted.suffix != ".npz":
+        return read_indices(pair.predicted)
+    if not pair.predicted.is_file():
+        raise DataError(f"soft masks not found: looked for {pair.predicted} (infer_voc.py --soft writes them)")
+    try:
+        soft = load_soft(pair.predicted)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    if len(soft.kept) != num_classes:
+        raise DataError(f"{pair.predicted} has {len(soft.kept)} classes, expected {num_classes}")
+    if pair.labels is None:
+        return choose_classes(soft, soft.kept)
+    return choose_classes(soft, np.isin(np.arange(num_classes), list(pair.labels)))
 
 
 def read_indices(path: Path) -> NDArray[np.uint8]:

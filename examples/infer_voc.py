@@ -7,7 +7,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import tyro
+from numpy.typing import NDArray
 from tqdm import tqdm
 from tyro.conf import Positional
 from voc.checkpoints import Trained, load_trained
@@ -15,8 +17,8 @@ from voc.dataset.errors import DataError
 from voc.dataset.images import IGNORE
 from voc.devices import choose_device
 from voc.inference.crf import check_crf
-from voc.inference.outputs import write_mask, write_overlay, write_scores
-from voc.inference.segmenter import Segmenter, choose_classes, choose_classes_by_crf, segment_images
+from voc.inference.outputs import write_mask, write_overlay, write_scores, write_soft
+from voc.inference.segmenter import Result, Segmenter, choose_classes, segment_images, with_crf
 from voc.inference.sources import Source, add_labels, find_sources, split_sources
 from voc.model import CAMNet
 from voc.released import load_released
@@ -39,7 +41,7 @@ class Arguments:
     """An image, a folder of images (without its subfolders), or with --split a data set in VOC's layout."""
 
     output: Path = Path("runs/predictions")
-    """Folder for masks/NAME.png, and for overlays/NAME.jpg and scores.csv if they are asked for."""
+    """Folder for masks/NAME.png, and for what other arguments ask for."""
 
     released: bool = False
     """CHECKPOINT is a file of the authors' published network, for VOC's 20 classes; --backbone says which. The scales,
@@ -84,13 +86,19 @@ class Arguments:
     6 GB of memory for the default backbone, 20 classes and the paper's scales."""
 
     overlays: bool = False
-    """Also write the masks over the images as the network saw them: upright, and reduced if they are large."""
+    """Also write overlays/NAME.jpg: the mask over the image as the network saw it, upright, and reduced if it is large.
+    With --crf, also overlays_crf/NAME.jpg."""
 
     scores: bool = False
-    """Also write the probability of each class in each image, of removed classes too."""
+    """Also write scores.csv: the probability of each class in each image, of removed classes too."""
+
+    soft: bool = False
+    """Also write soft/NAME.npz: the masks before a class is chosen, for `evaluate_voc.py --clean`. Up to 15 MB
+    per image of VOC."""
 
     crf: bool = False
-    """Choose the classes with a dense CRF (extra `crf`): 10 iterations, with the parameters of the paper's authors."""
+    """Also write crf/NAME.png: the masks after a dense CRF (extra `crf`) of 10 iterations, with the parameters of the
+    paper's authors."""
 
     workers: int = 2
     """Processes for --crf."""
@@ -132,12 +140,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         sources = find_all(arguments, trained.classes)
         if arguments.crf:
             check_crf()
-        for name in ("masks", *(["overlays"] if arguments.overlays else [])):
+        for name in folders(arguments):
             (arguments.output / name).mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:  # the errors of data and checkpoints are ValueErrors
         say(f"error: {error}")
         return 2
     return run(arguments, trained.classes, segmenter, sources)
+
+
+def folders(arguments: Arguments) -> list[str]:
+    """Return the names of the folders to write."""
+    names = ["masks", "crf"] if arguments.crf else ["masks"]
+    names += ["overlays", "overlays_crf"][: len(names)] if arguments.overlays else []
+    return [*names, "soft"] if arguments.soft else names
 
 
 def build_segmenter(trained: Trained, arguments: Arguments) -> Segmenter:
@@ -162,7 +177,7 @@ def find_all(arguments: Arguments, classes: Sequence[str]) -> list[Source]:
         root, sources = None, find_sources(arguments.input)
     else:
         root, sources = arguments.input, split_sources(arguments.input, arguments.split)
-    written = {(arguments.output / name).resolve() for name in ("masks", "overlays")}
+    written = {(arguments.output / name).resolve() for name in folders(arguments)}
     if written & {source.path.parent.resolve() for source in sources}:
         raise DataError(f"images of {arguments.input} would be overwritten: choose another --output")
     return add_labels(sources, classes, root, arguments.labels) if arguments.clean else sources
@@ -176,13 +191,10 @@ def run(arguments: Arguments, classes: Sequence[str], segmenter: Segmenter, sour
         results = segment_images(
             sources, segmenter, arguments.max_pixels, lambda path, reason: say(f"skipped {path}: {reason}")
         )
-        chosen = choose_classes_by_crf(results, arguments.workers) if arguments.crf else choose_classes(results)
-        for result, mask in chosen:
-            name, picture = result.source.name, result.picture
-            if arguments.overlays:
-                write_overlay(arguments.output / "overlays" / f"{name}.jpg", picture, mask)
-            write_mask(arguments.output / "masks" / f"{name}.png", picture, mask)
-            scores.append((name, result.soft.probabilities.tolist()))
+        pairs = with_crf(results, arguments.workers) if arguments.crf else ((result, None) for result in results)
+        for result, crf_mask in pairs:
+            write_outputs(arguments, result, crf_mask)
+            scores.append((result.source.name, result.soft.probabilities.tolist()))
         if arguments.scores and scores:
             write_scores(arguments.output / "scores.csv", classes, scores)
     except (OSError, BrokenProcessPool, MemoryError) as error:  # a full disk would stop the other images too
@@ -194,6 +206,18 @@ def run(arguments: Arguments, classes: Sequence[str], segmenter: Segmenter, sour
     finally:
         tqdm.write(f"{len(scores)} of {len(sources)} images have a mask in {arguments.output / 'masks'}")
     return 2 if not scores else 1 if failed or len(scores) < len(sources) else 0
+
+
+def write_outputs(arguments: Arguments, result: Result, crf_mask: NDArray[np.uint8] | None) -> None:
+    """Write the files of one image; its mask comes last, so that a mask on the disk means that the others are there."""
+    output, name, picture = arguments.output, result.source.name, result.picture
+    if arguments.soft:
+        write_soft(output / "soft" / f"{name}.npz", picture, result.soft)
+    for mask, suffix in ((crf_mask, "_crf"), (choose_classes(result.soft), "")):
+        if mask is not None:
+            if arguments.overlays:
+                write_overlay(output / f"overlays{suffix}" / f"{name}.jpg", picture, mask)
+            write_mask(output / (suffix.removeprefix("_") or "masks") / f"{name}.png", picture, mask)
 
 
 def say(message: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
+import evaluate_voc
 import numpy as np
 import pytest
 import torch
@@ -223,6 +224,26 @@ def test_clean_with_a_labels_file(trained: Path, images: Path, tmp_path: Path) -
         np.testing.assert_array_equal(read_mask(tmp_path / f"out/masks/{path[0]}.png"), expected)
 
 
+def test_soft_masks_are_evaluated_clean(trained: Path, toy_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(toy_root, root)
+    name, *_ = read_split(root, "val")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the stored image is turned by 90 degrees
+    with Image.open(root / f"JPEGImages/{name}.jpg") as image:
+        image.save(root / f"JPEGImages/{name}.jpg", exif=exif)
+    maximum = ["--max-pixels", "4000"]
+    assert infer(trained, root, tmp_path / "raw", "--split", "val", "--soft", *maximum) == 0
+    assert infer(trained, root, tmp_path / "clean", "--split", "val", "--clean", *maximum) == 0
+    tables = []
+    for folder, options in (("raw/masks", []), ("raw/soft", []), ("clean/masks", []), ("raw/soft", ["--clean"])):
+        output = tmp_path / "tables"
+        arguments = [str(tmp_path / folder), str(root), "--name", "ours", "--output", str(output), *options]
+        assert evaluate_voc.main(arguments) == 0
+        tables.append((output / "classes.csv").read_text())
+    assert tables[0] == tables[1] != tables[2] == tables[3]
+
+
 def test_a_split_with_broken_images(
     trained: Path, toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -342,7 +363,12 @@ def test_crf(trained: Path, images: Path, tmp_path: Path) -> None:
         masks, _ = multi_scale_masks(model, picture.tensor(), SETTINGS.scales)
         masks[0] = masks[0] ** SETTINGS.background_power
         expected = crf_segment(picture.pixels, masks[kept].numpy(), kept)
-        np.testing.assert_array_equal(read_mask(tmp_path / f"out/masks/{name[0]}.png"), expected)
+        np.testing.assert_array_equal(read_mask(tmp_path / f"out/crf/{name[0]}.png"), expected)
+        raw = torch.zeros_like(masks).index_copy(0, torch.tensor(kept), masks[kept]).argmax(dim=0)
+        np.testing.assert_array_equal(read_mask(tmp_path / f"out/masks/{name[0]}.png"), raw)
+    assert infer(trained, images / "a.png", tmp_path / "all", "--crf", "--overlays", "--soft") == 0
+    folders = ("masks/a.png", "crf/a.png", "overlays/a.jpg", "overlays_crf/a.jpg", "soft/a.npz")
+    assert written(tmp_path / "all") == set(folders)
 
 
 def test_crf_without_pydensecrf(

@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..dataset.images import save_mask
+from ..files.soft import SoftFile, save_soft
 from ..files.whole import write_csv_whole, write_whole
 from ..visualise import overlay
 from .pictures import Picture
+from .segmenter import SoftMasks
 
 
 def write_mask(path: Path, picture: Picture, mask: NDArray[np.uint8]) -> None:
@@ -25,6 +27,12 @@ def write_overlay(path: Path, picture: Picture, mask: NDArray[np.uint8]) -> None
     painted = overlay(picture.tensor(), torch.from_numpy(mask).long())
     image = Image.fromarray((255 * painted).round().astype(np.uint8))
     write_whole(path, lambda partial: image.save(partial, quality=90))
+
+
+def write_soft(path: Path, picture: Picture, soft: SoftMasks) -> None:
+    """Write the soft masks of a picture, on the pixel grid of the stored image."""
+    masks = np.stack([picture.as_stored(mask) for mask in soft.masks.float().cpu().numpy()])  # [C + 1, H, W]
+    save_soft(path, SoftFile(masks, soft.kept.cpu().numpy()))
 
 
 def write_scores(path: Path, classes: Sequence[str], scores: Iterable[tuple[str, Sequence[float]]]) -> None:

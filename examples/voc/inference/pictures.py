@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ TURN_BACK = {
 }
 
 
+Mask = TypeVar("Mask", np.uint8, np.float32)
+
+
 class Picture(NamedTuple):
     """An image as the network sees it (`pixels` [H, W, 3], upright, perhaps reduced), and its stored size and turn."""
 
@@ -34,8 +37,8 @@ class Picture(NamedTuple):
         """Return the pixels as [3, H, W] in [0, 1]."""
         return torch.from_numpy(self.pixels).permute(2, 0, 1).float() / 255
 
-    def as_stored(self, mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Bring a mask of the pixels [H, W] to the pixel grid of the stored image."""
+    def as_stored(self, mask: NDArray[Mask]) -> NDArray[Mask]:
+        """Bring a mask [H, W], of uint8 or float32, to the pixel grid of the stored image."""
         image = Image.fromarray(mask)
         if self.upright is not None:
             image = image.transpose(TURN_BACK.get(self.upright, self.upright))

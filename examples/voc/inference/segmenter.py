@@ -1,4 +1,4 @@
-"""From image files to masks, image by image: first the network, then the choice of classes, with or without a CRF."""
+"""From image files to masks, image by image: first the network, then the choice of classes, also with a CRF."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -94,16 +94,14 @@ def segment_images(
             yield Result(source, picture, soft)
 
 
-def choose_classes(results: Iterable[Result]) -> Iterator[tuple[Result, NDArray[np.uint8]]]:
-    """Choose the class of every pixel by the soft masks alone."""
-    for result in results:
-        masks, _, kept = result.soft
-        mask = segment(masks, kept.to(masks.dtype), min_probability=0.5)
-        yield result, mask.to(torch.uint8).cpu().numpy()
+def choose_classes(soft: SoftMasks) -> NDArray[np.uint8]:
+    """Return class indices [H, W]: the highest mask of every pixel among the background and the kept classes."""
+    chosen = segment(soft.masks, soft.kept.to(soft.masks.dtype), min_probability=0.5)
+    return chosen.to(torch.uint8).cpu().numpy()
 
 
-def choose_classes_by_crf(results: Iterable[Result], workers: int) -> Iterator[tuple[Result, NDArray[np.uint8]]]:
-    """Choose the class of every pixel after a CRF, in worker processes that run beside the network."""
+def with_crf(results: Iterable[Result], workers: int) -> Iterator[tuple[Result, NDArray[np.uint8]]]:
+    """Yield every result with its class indices after a CRF, computed in worker processes beside the network."""
     waiting: deque[tuple[Result, Future[NDArray[np.uint8]]]] = deque()
     pool = start_workers(workers)
     try:
