@@ -20,13 +20,12 @@ from voc.arguments import parse_arguments
 from voc.backbones import normalise
 from voc.checkpoints import CheckpointError
 from voc.dataset.errors import DataError
-from voc.dataset.layout import class_indices, read_classes, read_split
-from voc.dataset.splits import Sample, VOCDataset, load_split, load_split_with_masks
-from voc.dataset.toy import toy_voc
+from voc.dataset.layout import class_indices
+from voc.dataset.splits import Sample, VOCDataset
 from voc.dataset.transforms import TrainTransform
 from voc.evaluation.metrics import mean_iou
-from voc.evaluation.network import draw, evaluate
-from voc.evaluation.tables import iou_table, save_iou_csv
+from voc.evaluation.network import draw, evaluate, evaluate_pseudo_labels
+from voc.evaluation.report import Report
 from voc.files.whole import write_text_whole
 from voc.losses import (
     classification_loss,
@@ -44,8 +43,9 @@ from voc.train.errors import Interrupted, TrainingError
 from voc.train.optimizer import freeze_norm_statistics
 from voc.train.seeds import mix_seed
 from voc.train.signals import StopRequest, quiet_threads, sigterm_interrupts
-from voc.train.state import LOSSES, TrainingState, checkpoint_to_resume
-from voc.visualise import overlay_figure, save_curves
+from voc.train.state import HELD_OUT_LOSS, LOSSES, TrainingState, checkpoint_to_resume
+from voc.training_data import TrainingData, load_training_data
+from voc.visualise import overlay_figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = parse_arguments(argv)
         accelerator = start_accelerator(settings)
-        train_set, val_set = load_data(settings, accelerator)
+        data = load_training_data(settings, accelerator)
         # Missing and damaged files are reported here, before training starts.
-        build_model(settings, len(train_set.split.classes))
+        build_model(settings, len(data.train.split.classes))
         for network_settings in networks(settings):
             checkpoint_to_resume(network_settings)
         settings.output.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     try:
         with quiet_threads(), sigterm_interrupts():
-            run(settings, train_set, val_set, accelerator)
+            run(settings, data, accelerator)
     except (Interrupted, KeyboardInterrupt) as stop:
         how = f"go on with: python examples/train_voc.py --resume {settings.output}"
         print(f"\n{str(stop) or 'stopped'}; {how}", file=sys.stderr)
@@ -81,54 +81,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load_data(settings: Settings, accelerator: Accelerator) -> tuple[VOCDataset, VOCDataset]:
-    """Return the training set (images and labels, or masks) and the test set (images and masks)."""
-    root = settings.data
-    if root is None:
-        with accelerator.main_process_first():
-            root = toy_voc(settings.output / "data", seed=settings.seed)
-    classes = read_classes(root)
-    class_indices(settings.table_classes, ("background", *classes), source="--table-classes")  # may raise
-    names = read_split(root, "train_aug", "train")
-    if settings.supervision == "masks":
-        train_split = load_split_with_masks(root, names, classes, settings.masks)
-    else:
-        train_split = load_split(root, names, classes, settings.labels)
-    val_split = load_split_with_masks(root, read_split(root, "val"), classes)
-    return VOCDataset(train_split), VOCDataset(val_split)
-
-
-def run(settings: Settings, train_set: VOCDataset, val_set: VOCDataset, accelerator: Accelerator) -> None:
-    """Train the baseline and the model, then write table and pictures."""
-    classes = ("background", *train_set.split.classes)
+def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> None:
+    """Train the baseline and the model, then write tables and pictures."""
+    classes = ("background", *data.train.split.classes)
     rows = class_indices(settings.table_classes or classes, classes, source="--table-classes")
     device, is_main = accelerator.device, accelerator.is_main_process
     if is_main:
         write_text_whole(settings.output / "settings.json", json.dumps(settings.to_json(), indent=2) + "\n")
-        print(f"{len(train_set)} training images, {len(val_set)} test images, {len(classes) - 1} classes, on {device}")
+        sizes = f"{len(data.train)} training images, {len(data.test)} test images, {len(classes) - 1} classes"
+        print(f"{sizes}, on {device}")
     started = time.perf_counter()
-    results: dict[str, Tensor] = {}
-    histories: dict[str, list[dict[str, float]]] = {}
+    report = Report(classes, rows)
     for network_settings in networks(settings):
-        state = TrainingState(network_settings, train_set.split.classes, accelerator)
-        train(state, train_set, val_set)
-        ious = evaluate(state.network, val_set, network_settings, device, state.group)
-        # CAM-GAP has one column per background score. The table shows the first, which is the authors', and the one
-        # with the highest mean IoU on the test images. Our model has one column.
-        first, *_ = ious
-        best = max(ious, key=lambda name: mean_iou(ious[name], rows))
-        results |= {name: ious[name] for name in (first, best)}
-        histories[state.name] = state.history
+        state = TrainingState(network_settings, data.train.split.classes, accelerator)
+        train(state, data)
+        state.load_best()
+        report.add(state.name, evaluate(state.network, data.test, network_settings, device, state.group), state.history)
+    if measures_pseudo_labels(state, data):
+        quality = evaluate_pseudo_labels(state.network, data.train_with_masks, settings, device, state.group)
+        report.pseudo_labels = quality
     if is_main:
         minutes = (time.perf_counter() - started) / 60
-        table = iou_table(classes, results, rows)
-        print(f"\nIoU (%) on {len(val_set)} test images, after {minutes:.1f} minutes\n\n{table}\n")
-        write_text_whole(settings.output / "iou.md", table + "\n")
-        save_iou_csv(settings.output / "iou.csv", classes, results)
-        save_curves(settings.output / "curves.png", histories, settings.classification_epochs)
-        pictures = draw(state.network, val_set, settings, device)
+        title = f"IoU (%) on {len(data.test)} test images, after {minutes:.1f} minutes"
+        print(f"\n{report.write(settings.output, title, settings.classification_epochs)}\n")
+        pictures = draw(state.network, data.test, settings, device)
         overlay_figure(pictures.images, pictures.masks).savefig(settings.output / "overlays.png", dpi=110)
-        print(f"checkpoints, table, curves and overlays: {settings.output}")
+        print(f"checkpoints, tables, curves and overlays: {settings.output}")
 
 
 def networks(settings: Settings) -> list[Settings]:
@@ -138,7 +116,7 @@ def networks(settings: Settings) -> list[Settings]:
     return [settings]
 
 
-def train(state: TrainingState, train_set: VOCDataset, val_set: VOCDataset) -> None:
+def train(state: TrainingState, data: TrainingData) -> None:
     """Train one network for the remaining epochs.
 
     With image-level labels, the first epochs have the classification loss alone; then the single-stage model has the
@@ -146,26 +124,60 @@ def train(state: TrainingState, train_set: VOCDataset, val_set: VOCDataset) -> N
     """
     settings, accelerator = state.settings, state.accelerator
     model, optimizer = accelerator.prepare(state.network, state.optimizer)
-    augmented = AugmentedDataset(train_set, TrainTransform(settings.crop_size))
-    curve_set = VOCDataset(val_set.split.first(settings.curve_images))
+    augmented = AugmentedDataset(data.train, TrainTransform(settings.crop_size))
+    curve_set = VOCDataset(data.test.split.first(settings.curve_images))
     writer = SummaryWriter(str(settings.output / "tensorboard" / settings.model)) if state.group.rank == 0 else None
     while state.epoch <= settings.epochs:
         epoch = state.epoch
         train_epoch(state, model, optimizer, augmented, writer)
-        ious = evaluate(state.network, curve_set, settings, accelerator.device, state.group, scales=(1.0,), flip=False)
-        state.end_epoch(max(mean_iou(iou) for iou in ious.values()))
+        figures = measure(state, data, curve_set)
+        state.end_epoch(figures)
         if writer is not None:
-            now = state.history[-1]
             print(
-                f"{state.name} {epoch}/{settings.epochs}: loss {now['loss']:.3f}, "
-                f"mean IoU {now['miou']:.1f} % on {len(curve_set)} images"
+                f"{state.name} {epoch}/{settings.epochs}: loss {state.history[-1]['loss']:.3f}, "
+                f"mean IoU {figures['miou']:.1f} % on {len(curve_set)} images"
             )
-            writer.add_scalar("mean IoU", now["miou"], epoch)
+            for name, figure in figures.items():
+                writer.add_scalar(name, figure, epoch)
             pictures = draw(state.network, curve_set, replace(settings, scales=(1.0,)), accelerator.device, count=4)
             writer.add_figure("masks", overlay_figure(pictures.images, pictures.masks), epoch)
             writer.flush()
     if writer is not None:
         writer.close()
+
+
+def measure(state: TrainingState, data: TrainingData, curve_set: VOCDataset) -> dict[str, float]:
+    """Return the figures of an epoch: of masks, classification, pseudo labels, and for the choice of the checkpoint."""
+    settings, device = state.settings, state.accelerator.device
+    found = evaluate(state.network, curve_set, settings, device, state.group, scales=(1.0,), flip=False)
+    figures = {"miou": max(map(mean_iou, found.iou.values())), "map": mean_iou(found.average_precision)}
+    if measures_pseudo_labels(state, data):
+        quality = evaluate_pseudo_labels(state.network, data.train_with_masks, settings, device, state.group)
+        figures |= {"pseudo label miou": mean_iou(quality.iou), "pseudo label coverage": quality.coverage}
+    if settings.checkpoint == "best" and (settings.model == "cam" or state.epoch > settings.classification_epochs):
+        figures[HELD_OUT_LOSS] = held_out_loss(state, data.test)
+    return {name: figure for name, figure in figures.items() if math.isfinite(figure)}
+
+
+def measures_pseudo_labels(state: TrainingState, data: TrainingData) -> bool:
+    """Return whether the network makes pseudo labels of training images that have masks to compare with."""
+    settings = state.settings
+    return settings.model == "single_stage" and settings.supervision == "labels" and len(data.train_with_masks) > 0
+
+
+@torch.no_grad()
+def held_out_loss(state: TrainingState, test_set: VOCDataset) -> float:
+    """Return the mean training loss of the network in eval mode on crops of the test images."""
+    settings, accelerator = state.settings, state.accelerator
+    dataset = AugmentedDataset(test_set, TrainTransform(settings.crop_size))
+    batches = GlobalBatches(len(dataset), settings.batch_size, settings.seed, epoch=0, group=state.group)
+    state.network.eval()
+    total = torch.zeros((), device=accelerator.device)
+    for batch in load_batches(dataset, batches, settings.workers):
+        image, labels, mask = (part.to(accelerator.device) for part in batch[1:])
+        output = state.network(normalise(image, state.network.backbone))
+        total += sum(losses_of(state, output, image, labels, mask))
+    return accelerator.reduce(total / len(batches), reduction="mean").item()
 
 
 def train_epoch(

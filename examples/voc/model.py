@@ -68,6 +68,7 @@ class SingleStageNet(nn.Module):
         mixing_rate: psi of eq. 9 and 10.
         gate: draw the shallow features (eq. 9) or mix them (eq. 10) in training.
         gci: inject global cues into the shallow features (eq. 11).
+        gci_norm: normalisation of the shallow features in GCI: "batch" as published, "instance" as printed in eq. 11.
         size_penalty: add the focal size penalty (eq. 5) to the class scores.
         penalty_power: p of eq. 5.
         penalty_lambda: lambda of eq. 5.
@@ -81,6 +82,7 @@ class SingleStageNet(nn.Module):
         mixing_rate: float = 0.3,
         gate: Literal["stochastic", "deterministic"] = "stochastic",
         gci: bool = True,
+        gci_norm: Literal["batch", "instance"] = "batch",
         size_penalty: bool = True,
         penalty_power: float = 3.0,
         penalty_lambda: float = 0.01,
@@ -91,7 +93,7 @@ class SingleStageNet(nn.Module):
         self.skip = conv_bn_relu(backbone.conv3_channels, SKIP_CHANNELS, 1)
         self.fuse = conv_bn_relu(channels + SKIP_CHANNELS, channels, 3)
         self.gci = (
-            GCI(channels, shallow_channels=backbone.conv3_channels, norm="batch")
+            GCI(channels, shallow_channels=backbone.conv3_channels, norm=gci_norm)
             if gci
             else NoCues(backbone.conv3_channels, channels)
         )
@@ -191,6 +193,7 @@ def build_model(settings: Settings, num_classes: int, backbone: Backbone | None 
         mixing_rate=settings.mixing_rate,
         gate=settings.gate,
         gci=settings.gci,
+        gci_norm=settings.gci_norm,
         size_penalty=settings.size_penalty,
         penalty_power=settings.penalty_power,
         penalty_lambda=settings.penalty_lambda,

@@ -24,7 +24,10 @@ def labels_from_masks(image: Tensor, masks: Tensor, labels: Tensor, settings: Se
         Class indices, `IGNORE` at pixels without a pseudo label: [B, h, w] for the paper's loss, [B, H, W] for the
         published one.
     """
-    pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, resize="image")
+    if settings.pamr_variant == "paper":
+        pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, "paper", resize="image")  # eq. 8 as printed
+    else:
+        pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, resize="image")
     refined = pamr(image, masks)
     if settings.loss == "published":
         return pseudo_labels(resize(refined, image.shape[-2:]), labels, background_required=True)

@@ -98,6 +98,9 @@ class Settings:
     size_penalty: bool = True
     """Add the focal size penalty, eq. 5, to the class scores (Table 1a)."""
 
+    gci_norm: Literal["batch", "instance"] = "batch"
+    """Normalisation in the global cue injection: `batch` is that of the authors' code, `instance` eq. 11 as printed."""
+
     penalty_power: float = 3.0
     """p of the focal size penalty, eq. 5 (Table 1a)."""
 
@@ -135,6 +138,9 @@ class Settings:
     pamr_dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
     """Dilations of PAMR, in pixels of a mask (1, 2, 4, 8, 12, 24 in the paper, for masks of 81 x 81)."""
 
+    pamr_variant: Literal["pamr", "paper"] = "pamr"
+    """Affinity of PAMR: `pamr` is that of the authors' code, `paper` is eq. 8 as printed."""
+
     scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)
     """Scales of the test images; each scale is used with and without a horizontal flip."""
 
@@ -150,8 +156,13 @@ class Settings:
     baseline: bool = True
     """Also train the CAM-GAP baseline: same backbone, data, augmentation, optimiser and epochs."""
 
+    checkpoint: Literal["last", "best"] = "last"
+    """Weights for the results: of the last epoch, or of the one with the lowest loss on the test images (among the
+    epochs with self-supervision), as the authors choose. The loss needs image-level labels, no masks."""
+
     curve_images: int = 50
-    """Number of test images for the curve of mean IoU over epochs; the table always uses all of them."""
+    """Number of test images for the curve of mean IoU over epochs, and of training images for the IoU of the pseudo
+    labels; the table of results always uses all test images."""
 
     workers: int = 2
     """Processes that read and augment images."""
@@ -222,7 +233,9 @@ PAPER_BACKBONES: dict[str, dict[str, Any]] = {
 
 def paper_settings(backbone: BackboneName) -> Settings:
     """Return the paper's settings for a backbone."""
-    settings = replace(PAPER, backbone=backbone, loss="published", **PAPER_BACKBONES.get(backbone, {}))
+    settings = replace(
+        PAPER, backbone=backbone, loss="published", checkpoint="best", **PAPER_BACKBONES.get(backbone, {})
+    )
     if backbone in ("vgg16", "resnet50", "resnet101"):
         settings = replace(settings, crop_size=448, scales=(1.0, 0.75, 1.25, 1.5), min_probability=0.3)
     return settings

@@ -65,6 +65,11 @@ def test_scores_and_masks_belong_together(ours: SingleStageNet) -> None:
     torch.testing.assert_close(class_scores, expected)
 
 
+def test_normalisation_of_gci() -> None:
+    assert SingleStageNet(TinyBackbone(), 3, channels=8).gci.norm == "batch"
+    assert SingleStageNet(TinyBackbone(), 3, channels=8, gci_norm="instance").gci.norm == "instance"
+
+
 def test_cam_is_normalised_per_class() -> None:
     torch.manual_seed(0)
     masks = CAMNet(TinyBackbone(), 3).eval()(torch.randn(2, 3, 64, 64)).masks

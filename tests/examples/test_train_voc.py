@@ -19,7 +19,7 @@ import train_voc
 from PIL import Image
 from train_voc import main
 from voc.checkpoints import load_trained, read_checkpoint
-from voc.dataset.images import read_image
+from voc.dataset.images import read_image, read_mask, save_mask
 from voc.evaluation.tables import load_iou_csv
 from voc.inference.masks import multi_scale_masks
 from voc.train.batches import AugmentedDataset
@@ -41,6 +41,11 @@ def test_the_whole_job(toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert classes == ("background", "tiger", "flag", "ladybird", "shell", "leaf")
     assert [name.split(" (")[0] for name in columns] in (["CAM-GAP", "ours"], ["CAM-GAP", "CAM-GAP", "ours"])
     assert "CAM-GAP (background 0.1)" in columns
+    ap_classes, precisions = load_iou_csv(output / "average_precision.csv")
+    assert ap_classes == classes[1:]
+    assert list(precisions) == ["CAM-GAP", "ours"]
+    assert list(load_iou_csv(output / "pseudo_labels.csv")[1]) == ["pseudo labels"]
+    assert "on 12 training images; they cover " in printed
     for name in ("curves.png", "overlays.png"):
         assert read_image(output / name).std() > 0.01
     assert json.loads((output / "settings.json").read_text())["crop_size"] == 65
@@ -112,6 +117,56 @@ def test_going_on_from_any_epoch(finished: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, before[key]) for key, value in weights_of(tmp_path / "single_stage.pt").items())
     assert main(["--resume", str(tmp_path), "--epochs", "3"]) == 0
     assert len(read_checkpoint(tmp_path / "single_stage.pt")["progress"]["history"]) == 3
+
+
+def test_the_best_epoch_makes_the_results(toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = iter([0.3, 0.1, 0.2])
+    evaluated = []
+
+    def held_out(*_: Any) -> float:
+        return next(losses)
+
+    def recorded(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if "scales" not in kwargs:  # the evaluation after the training
+            evaluated.append({key: value.clone() for key, value in model.state_dict().items()})
+        return evaluate(model, *args, **kwargs)
+
+    evaluate = train_voc.evaluate
+    monkeypatch.setattr(train_voc, "evaluate", recorded)
+    monkeypatch.setattr(train_voc, "held_out_loss", held_out)
+    arguments = ["--no-baseline", "--checkpoint", "best", "--epochs", "3", "--classification-epochs", "0"]
+    assert main([*QUICK, "--data", str(toy_root), "--output", str(tmp_path), *arguments, "--keep-checkpoints"]) == 0
+    history = read_checkpoint(tmp_path / "single_stage.pt")["progress"]["history"]
+    assert [figures["held-out loss"] for figures in history] == [0.3, 0.1, 0.2]
+    second, best = weights_of(tmp_path / "single_stage_002.pt"), weights_of(tmp_path / "single_stage_best.pt")
+    for key, value in evaluated[-1].items():
+        assert torch.equal(value, second[key])
+        assert torch.equal(value, best[key])
+    assert main(["--resume", str(tmp_path)]) == 0
+    assert all(torch.equal(value, best[key]) for key, value in evaluated[-1].items())
+
+
+def test_held_out_loss_needs_no_masks(toy_root: Path, tmp_path: Path) -> None:
+    histories = []
+    for name in ("masks", "no masks"):
+        root = tmp_path / name
+        shutil.copytree(toy_root, root)
+        labels = []
+        for image in (root / "ImageSets/Segmentation/val.txt").read_text().split():
+            path = root / f"SegmentationClass/{image}.png"
+            mask = read_mask(path)
+            labels.append(sorted(set(np.unique(mask).tolist())))
+            if name == "no masks":  # only the classes stay the same
+                mask[:] = 255
+                mask[0, : len(labels[-1])] = labels[-1]
+                save_mask(path, mask)
+        arguments = [*QUICK, "--data", str(root), "--output", str(tmp_path / f"run with {name}"), "--no-baseline"]
+        assert main([*arguments, "--checkpoint", "best"]) == 0
+        history = read_checkpoint(tmp_path / f"run with {name}/single_stage.pt")["progress"]["history"]
+        histories.append([figures.get("held-out loss") for figures in history])
+    assert histories[0] == histories[1]
+    assert histories[0][0] is None
+    assert histories[0][1] > 0
 
 
 def start(arguments: list[str], launcher: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
@@ -189,6 +244,7 @@ def test_two_processes_have_the_losses_of_one(finished: Path, toy_root: Path, tm
         (["--supervision", "masks"], {"ours"}),
         (["--no-baseline", "--accumulate", "2"], {"ours"}),
         (["--no-baseline", "--loss", "published", "--classification-epochs", "0"], {"ours"}),
+        (["--no-baseline", "--pamr-variant", "paper", "--gci-norm", "instance", "--checkpoint", "best"], {"ours"}),
         (["--no-baseline", "--no-gci", "--no-size-penalty", "--gate", "deterministic"], {"ours"}),
     ],
 )

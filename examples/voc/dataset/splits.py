@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from .errors import DataError
 from .images import read_image, read_mask_upright
 from .labels import find_labels, labels_from_masks
-from .layout import find_images, find_masks
+from .layout import MASK_FOLDERS, find_images, find_masks, first_file
 
 
 class Sample(NamedTuple):
@@ -87,3 +87,21 @@ def load_split_with_masks(
                     f"but its image {image} is {opened_image.size[0]}x{opened_image.size[1]}"
                 )
     return VOCSplit(tuple(classes), tuple(names), images, labels, masks)
+
+
+def first_with_masks(root: Path, split: VOCSplit, count: int) -> VOCSplit:
+    """Return the first `count` images of a training split that have a mask in the data set, with their labels."""
+    indices: list[int] = []
+    masks: list[Path] = []
+    for index, name in enumerate(split.names):
+        mask = first_file([root / folder / f"{name}.png" for folder in MASK_FOLDERS])
+        if mask is not None and len(indices) < count:
+            indices.append(index)
+            masks.append(mask)
+    return VOCSplit(
+        split.classes,
+        tuple(split.names[index] for index in indices),
+        tuple(split.images[index] for index in indices),
+        tuple(split.labels[index] for index in indices),
+        tuple(masks),
+    )

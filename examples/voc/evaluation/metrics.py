@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 from torchmetrics.functional.classification import multiclass_confusion_matrix
@@ -34,6 +35,27 @@ def class_metrics(confusion: Tensor) -> ClassMetrics:
 def confusion_matrix(predicted: Tensor, target: Tensor, num_classes: int) -> Tensor:
     """Return the confusion matrix of class indices [H, W] and ground truth [H, W]; void pixels do not count."""
     return multiclass_confusion_matrix(predicted, target, num_classes, ignore_index=IGNORE, validate_args=False)
+
+
+def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the average precision per class in percent: the sum over thresholds of recall gained times precision.
+
+    Args:
+        scores: [N, C], of N images.
+        labels: [N, C] in {0, 1}.
+
+    Returns:
+        [C]; NaN for a class without a positive image.
+    """
+    values = []
+    for score, label in zip(scores.double().T, labels.double().T, strict=True):
+        order = score.argsort(descending=True)
+        hits = label[order].cumsum(0)
+        last_of_tie = torch.cat([score[order].diff() != 0, torch.ones(1, dtype=torch.bool, device=score.device)])
+        hits, images = hits[last_of_tie], 1 + last_of_tie.nonzero().flatten()
+        gained = hits.diff(prepend=hits.new_zeros(1))
+        values.append((gained * hits / images).sum() / label.sum())
+    return 100 * torch.stack(values)
 
 
 class IoUMeter:

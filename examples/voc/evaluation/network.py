@@ -1,4 +1,4 @@
-"""A network's masks on a test set: IoU per class, and pictures."""
+"""A network's masks on a test set, and its pseudo labels on training images: IoU per class, and pictures."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,18 +6,35 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics import CatMetric
 from tqdm import tqdm
 
 from ..backbones import normalise
+from ..dataset.images import IGNORE
 from ..dataset.splits import VOCDataset
 from ..inference.masks import multi_scale_masks, segment
 from ..model import CAMNet, Network
 from ..self_supervision import labels_from_masks
 from ..settings import Settings
 from ..train.distribution import Group
-from .metrics import IoUMeter
+from .metrics import IoUMeter, average_precision, class_metrics
 
 CAM_BACKGROUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # the first is the authors'
+
+
+class Evaluation(NamedTuple):
+    """Results on a test set in percent: IoU per class [C + 1] of every column, and average precision per class [C]."""
+
+    iou: dict[str, Tensor]
+    average_precision: Tensor
+
+
+class PseudoLabelQuality(NamedTuple):
+    """IoU per class [C + 1] over the pixels with a pseudo label, and the share of these pixels, both in percent."""
+
+    iou: Tensor
+    coverage: float
+    num_images: int
 
 
 @torch.no_grad()
@@ -29,8 +46,8 @@ def evaluate(
     group: Group,
     scales: Sequence[float] | None = None,
     flip: bool = True,
-) -> dict[str, Tensor]:
-    """Return the IoU per class in percent: of the single-stage model, or of CAM-GAP for several background scores.
+) -> Evaluation:
+    """Evaluate the single-stage model, or CAM-GAP for several background scores.
 
     Each process evaluates its share of the images; the result is that of all images.
     """
@@ -40,6 +57,7 @@ def evaluate(
     meters = {name: IoUMeter(1 + len(dataset.split.classes)) for name in names}
     for meter in meters.values():
         meter.confusion.to(device)
+    scores = CatMetric(nan_strategy="ignore").to(device)  # rows of probabilities and labels [2 C]
     indices = range(group.rank, len(dataset), group.size)
     for index in tqdm(indices, "evaluating", leave=False, disable=group.rank > 0):
         sample = dataset[index]
@@ -48,7 +66,30 @@ def evaluate(
         for meter, background in zip(meters.values(), backgrounds, strict=True):
             masks[0] = background
             meter.update(segment(masks, probabilities, settings.min_probability), sample.mask.to(device))
-    return {name: meter.iou().cpu() for name, meter in meters.items()}
+        scores.update(torch.cat([probabilities, sample.labels.to(device)])[None])
+    gathered, labels = scores.compute().cpu().chunk(2, dim=1)
+    return Evaluation({name: meter.iou().cpu() for name, meter in meters.items()}, average_precision(gathered, labels))
+
+
+@torch.no_grad()
+def evaluate_pseudo_labels(
+    model: Network, dataset: VOCDataset, settings: Settings, device: torch.device, group: Group
+) -> PseudoLabelQuality:
+    """Compare the pseudo labels of whole training images with their masks. Void pixels do not count."""
+    model.eval()
+    none = 1 + len(dataset.split.classes)  # index of "no pseudo label" among the predictions
+    meter = IoUMeter(1 + none)
+    meter.confusion.to(device)
+    for index in range(group.rank, len(dataset), group.size):
+        sample = dataset[index]
+        image, labels = sample.image[None].to(device), sample.labels[None].to(device)
+        masks = model(normalise(image, model.backbone)).masks
+        target = enlarge(labels_from_masks(image, masks, labels, settings), sample.mask.shape)
+        meter.update(target.masked_fill(target == IGNORE, none), sample.mask.to(device))
+    confusion = meter.confusion.compute().double().cpu()
+    labelled = confusion[:none, :none]
+    coverage = 100 * (labelled.sum() / confusion.sum()).item()
+    return PseudoLabelQuality(class_metrics(labelled).iou, coverage, len(dataset))
 
 
 class Pictures(NamedTuple):

@@ -1,6 +1,7 @@
 """The state of a training that is saved and resumed: network, optimizer, and progress."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from .optimizer import build_optimizer, freeze
 from .seeds import seed_everything
 
 LOSSES = ("loss", "classification", "segmentation")
+HELD_OUT_LOSS = "held-out loss"
 
 
 class TrainingState:
@@ -45,15 +47,34 @@ class TrainingState:
         """Return the name of the method."""
         return "CAM-GAP" if self.settings.model == "cam" else "ours"
 
-    def end_epoch(self, miou: float) -> None:
-        """Record the mean losses and the mean IoU of the epoch, save, and move on to the next epoch."""
+    def end_epoch(self, figures: Mapping[str, float]) -> None:
+        """Record the mean losses and other figures of the epoch, save, and move on to the next epoch.
+
+        The epoch with the lowest `HELD_OUT_LOSS`, if that is among the figures, is saved as `_best`.
+        """
         means = [total / self.step for total in self.sums]
-        self.history.append({**dict(zip(LOSSES, means, strict=True)), "miou": miou})
+        self.history.append({**dict(zip(LOSSES, means, strict=True)), **figures})
         done = self.epoch
         self.epoch, self.step, self.sums = done + 1, 0, [0.0] * len(LOSSES)
         self.save()
         if self.settings.keep_checkpoints:
             self.save(f"_{done:03d}")
+        if HELD_OUT_LOSS in figures and done == self.best_epoch:
+            self.save("_best")
+
+    @property
+    def best_epoch(self) -> int | None:
+        """Return the epoch with the lowest held-out loss, or None if no epoch has one."""
+        losses = {epoch: figures.get(HELD_OUT_LOSS, math.inf) for epoch, figures in enumerate(self.history, start=1)}
+        best = min(losses, key=lambda epoch: losses[epoch], default=None)
+        return None if best is None or losses[best] == math.inf else best
+
+    def load_best(self) -> None:
+        """Load the weights of the best epoch into the network, if there is one."""
+        if self.best_epoch is not None:
+            self.accelerator.wait_for_everyone()
+            path = self.settings.output / f"{self.settings.model}_best.pt"
+            self.network.load_state_dict(read_checkpoint(path)["model"])
 
     def save(self, suffix: str = "") -> None:
         """Write a checkpoint into the output folder."""

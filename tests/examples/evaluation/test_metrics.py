@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from voc.dataset.layout import VOC_CLASSES
-from voc.evaluation.metrics import IoUMeter, class_metrics, confusion_matrix, mean_iou
+from voc.evaluation.metrics import IoUMeter, average_precision, class_metrics, confusion_matrix, mean_iou
 from voc.evaluation.tables import iou_table, load_iou_csv, method_table, save_iou_csv, save_method_csv
 
 NAN = float("nan")
@@ -63,6 +63,25 @@ def test_metrics_are_those_of_counted_pixels(pixels: list[tuple[int, int]]) -> N
         either = sum(index in pixel for pixel in counted)
         for values, count in zip(metrics, (either, claimed, there), strict=True):
             assert values[index].item() == pytest.approx(100 * right / count if count else NAN, nan_ok=True)
+
+
+def average_precision_by_hand(scores: list[float], labels: list[int]) -> float:
+    """Return the sum over all thresholds, from the highest, of the recall that each one gains, times its precision."""
+    total, recall = 0.0, 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        found = [label for score, label in zip(scores, labels, strict=True) if score >= threshold]
+        gained = sum(found) / sum(labels) - recall
+        total += gained * sum(found) / len(found)
+        recall += gained
+    return 100 * total
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 1)), min_size=1, max_size=20))
+def test_average_precision(images: list[tuple[int, int]]) -> None:
+    scores, labels = ([float(score) for score, _ in images], [label for _, label in images])
+    found = average_precision(torch.tensor(scores)[:, None], torch.tensor(labels)[:, None])
+    expected = average_precision_by_hand(scores, labels) if any(labels) else NAN
+    assert found.tolist() == pytest.approx([expected], nan_ok=True)
 
 
 def test_table() -> None:
