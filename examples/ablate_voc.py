@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from tables_voc import StepError, measure, segment_once, trained_methods
+from torch import Tensor
 from voc.arguments import parse_arguments
+from voc.dataset.toy import toy_voc
 from voc.evaluation.metrics import mean_iou
-from voc.evaluation.tables import load_iou_csv
+from voc.evaluation.tables import load_iou_csv, markdown
 from voc.files.whole import write_csv_whole, write_text_whole
+from voc.settings import Settings
 
 TRAIN = Path(__file__).resolve().parent / "train_voc.py"
 HALF = ["--mixing-rate", "0.5"]  # Tables 1a, 1b and 7 were made with psi = 0.5
@@ -67,6 +71,9 @@ class Ablation:
     output: Path = Path("runs/ablation")
     """Folder for the runs and the table."""
 
+    crf: bool = False
+    """Add a column with the dense CRF (extra `crf`), as Tables 1c and 7 have."""
+
     dry_run: bool = False
     """Print the commands, and train nothing."""
 
@@ -88,7 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"ablate_voc.py: {name} ended with exit code {code}", file=sys.stderr)
                 return code
     if not ablation.dry_run:
-        print(f"\n{write_table(folder, list(rows), settings[0].table_classes)}")
+        try:
+            with_crf = [crf_iou(one) for one in settings] if ablation.crf else []
+        except StepError as error:
+            print(f"ablate_voc.py: {error}", file=sys.stderr)
+            return 1
+        print(f"\n{write_table(folder, list(rows), settings[0].table_classes, with_crf)}")
     return 0
 
 
@@ -98,24 +110,41 @@ def row_command(output: Path, arguments: Sequence[str]) -> list[str]:
     return [*command, "--resume", str(output)] if (output / "settings.json").is_file() else command
 
 
+def crf_iou(settings: Settings) -> Tensor:
+    """Return the IoU per class of a row on the validation images, after the CRF."""
+    root = settings.data or toy_voc(settings.output / "data", seed=settings.seed)
+    (method,) = trained_methods(settings.output)
+    folder = settings.output / "val"
+    command = [*method.load, str(root), "--split", "val", "--crf", "--output", str(folder), "--device", settings.device]
+    return measure(segment_once(folder, command), "crf", root, "val")
+
+
 def slug(name: str) -> str:
     """Return a row's name as the name of its folder."""
     return "_".join("".join(letter if letter.isalnum() or letter in ".-" else " " for letter in name).split())
 
 
-def write_table(folder: Path, names: Sequence[str], table_classes: Sequence[str]) -> str:
+def write_table(
+    folder: Path, names: Sequence[str], table_classes: Sequence[str], with_crf: Sequence[Tensor] = ()
+) -> str:
     """Write the mean IoU of every row to `table.csv` and `table.md`, and return the text of the latter.
 
-    The mean is over `table_classes`, or over all classes if there are none.
+    The mean is over `table_classes`, or over all classes if there are none. `with_crf`, the IoU per class of every row
+    after the CRF, makes a second column.
     """
+    columns = ["mean IoU, %", "mean IoU (+ CRF), %"] if with_crf else ["mean IoU, %"]
     means = []
-    for name in names:
-        classes, columns = load_iou_csv(folder / slug(name) / "iou.csv")
-        means.append((name, mean_iou(columns["ours"], [classes.index(other) for other in table_classes or classes])))
-    cells = [("configuration", "mean IoU"), *((name, f"{mean:.4f}") for name, mean in means)]
-    write_csv_whole(folder / "table.csv", cells)
-    lines = ["| configuration | mean IoU, % |", "|:--|--:|", *(f"| {name} | {mean:.1f} |" for name, mean in means)]
-    table = "\n".join(lines) + "\n"
+    for index, name in enumerate(names):
+        classes, found = load_iou_csv(folder / slug(name) / "iou.csv")
+        rows = [classes.index(other) for other in table_classes or classes]
+        means.append([mean_iou(iou, rows) for iou in (found["ours"], *with_crf[index : index + 1])])
+
+    def lines(digits: int) -> list[list[str]]:
+        cells = [[name, *(f"{mean:.{digits}f}" for mean in row)] for name, row in zip(names, means, strict=True)]
+        return [["configuration", *columns], *cells]
+
+    write_csv_whole(folder / "table.csv", lines(digits=4))
+    table = markdown(lines(digits=1)) + "\n"
     write_text_whole(folder / "table.md", table)
     return table
 
