@@ -87,14 +87,14 @@ def readme_text(rows: Sequence[Row]) -> str:
         sentences += f"\nThe fastest form that `torch.compile` makes takes {ratios(compiled_pairs)} times as long."
     if columns.has_kept:
         sentences += (
-            '\n"Default" is the allocator of the C library as it is: most of the time of the published form is then spent'
-            '\non memory that is returned to the system and requested again. "Memory kept" is a process that keeps it.'
+            '\n"Default" is the allocator of the C library as it is: the published form then spends most of its time on'
+            '\nmemory that is returned to the system and requested again. "Memory kept" is a process that keeps it.'
         )
     else:
         sentences += (
-            "\nThese times are with the default allocator of the C library: most of the time of the published form is"
-            "\nspent on memory that is returned to the system and requested again. Its ratio is several times smaller in"
-            "\na process that keeps its memory."
+            "\nThese times are with the default allocator of the C library: the published form spends most of its time"
+            "\non memory that is returned to the system and requested again. Its ratio is several times smaller in a"
+            "\nprocess that keeps its memory."
         )
     return "\n".join([sentences, "", *lines])
 

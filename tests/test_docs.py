@@ -46,11 +46,9 @@ def python_blocks() -> Iterator[tuple[str, str]]:
 
 
 def printed_commands(page: Path) -> list[str]:
-    """Return a page's blocks of commands, and commands inside a line, in their order."""
-    return [
-        max(found)
-        for found in re.findall(r"```bash\n(.*?)```|`(python examples/[^`\n]+)`", page.read_text(), re.DOTALL)
-    ]
+    """Return a page's blocks of commands, and commands inside a line, in their order, each command on one line."""
+    text = page.read_text().replace(" \\\n ", " ")
+    return [max(found) for found in re.findall(r"```bash\n(.*?)```|`(python examples/[^`\n]+)`", text, re.DOTALL)]
 
 
 def commands() -> list[str]:
