@@ -53,10 +53,15 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_count(name: str, value: int, minimum: int) -> None:
-    """Refuse anything but an integer of 32 bits of at least `minimum`."""
+def check_integer(name: str, value: int) -> None:
+    """Refuse anything but an integer."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def check_count(name: str, value: int, minimum: int) -> None:
+    """Refuse anything but an integer of 32 bits of at least `minimum`."""
+    check_integer(name, value)
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     if value > INT32_MAX:

@@ -120,19 +120,35 @@ def check_classes(classes: Tensor, named_mask: tuple[str, Tensor]) -> None:
     check_same_device((name, mask), ("classes", classes))
 
 
-def present_first(classes: Tensor) -> tuple[Tensor, Tensor]:
+def present_first(classes: Tensor, max_classes: int | None = None) -> tuple[Tensor, Tensor]:
     """Return, for a bool [B, C], the channels of every image with the present ones first, and how many are present.
 
+    Args:
+        classes: bool, [B, C].
+        max_classes: upper bound on the present channels of an image, or None. A row with more of them is an error.
+
     Returns:
-        Indices [B, M] and counts [B], int64. M is the largest count on a CPU. It is C on other devices, where reading
-        the counts would wait for the device, and in compiled code, where shapes do not depend on data.
+        Indices [B, M] and counts [B], int64. M is the largest count on a CPU. It is `max_classes` or C on other
+        devices, where reading the counts would wait for the device, and in compiled code, where shapes do not depend
+        on data.
     """
     counts = classes.sum(dim=1)
     index = classes.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if classes.device.type == "cpu" and counts.numel() > 0 and not traced:
-        index = index[:, : max(1, int(counts.max()))]
+    if reads_values(counts):
+        largest = int(counts.max())
+        if max_classes is not None and largest > max_classes:
+            raise ValueError(f"max_classes must be at least the classes of an image, {largest}, got {max_classes}")
+        return index[:, : max(1, largest)], counts
+    if max_classes is not None and max_classes < classes.shape[1]:
+        torch._assert_async((counts <= max_classes).all(), "max_classes is exceeded by the classes of an image")
+        index = index[:, :max_classes]
     return index, counts
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Return whether Python may look at values: those of a CPU, in eager mode, of a batch that is not empty."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not traced
 
 
 def spread(index: Tensor, size: Sequence[int]) -> Tensor:
