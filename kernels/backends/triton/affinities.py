@@ -16,16 +16,16 @@ from ...variants import Variant, position_affinity
 from .launch import on_device
 
 
-@triton.jit(do_not_specialize=["num_dilations", "channels", "height", "width"])
+@triton.jit(do_not_specialize=["channels", "height", "width"])
 def affinity_kernel(
     image_ptr,
     out_ptr,
     dilations_ptr,
     position_ptr,
-    num_dilations,
     channels,
     height,
     width,
+    NUM_DILATIONS: tl.constexpr,
     WEIGHT: tl.constexpr,
     SIGMA_POWER: tl.constexpr,
     POWER: tl.constexpr,
@@ -40,7 +40,7 @@ def affinity_kernel(
     scale = GUARD + WEIGHT * sigma^SIGMA_POWER; eq. 8 as printed is sigma^2. A program computes all N weights of BLOCK_P
     consecutive pixels of an image, as a tile [BLOCK_N, BLOCK_P].
     """
-    N = 8 * num_dilations
+    N: tl.constexpr = 8 * NUM_DILATIONS
     pixels = height * width
     blocks = tl.cdiv(pixels, BLOCK_P)
     batch = (tl.program_id(0) // blocks).to(tl.int64)  # so that no product of it overflows
@@ -65,15 +65,15 @@ def affinity_kernel(
         value = tl.load(image_ptr + neighbour, mask=is_value, other=0.0)
         if STEEP:
             nearest, excess, variance = steep_moments(
-                value, centre[None, :], is_neighbour[:, None], num_dilations, WITH_CENTRE
+                value, centre[None, :], is_neighbour[:, None], NUM_DILATIONS, WITH_CENTRE
             )
         else:
             nearest, excess, variance = moments(
-                value, centre[None, :], is_neighbour[:, None], num_dilations, WITH_CENTRE
+                value, centre[None, :], is_neighbour[:, None], NUM_DILATIONS, WITH_CENTRE
             )
         inverse = 1 / (GUARD + WEIGHT * power_of_sigma(variance, SIGMA_POWER))
-        # What is the same for all neighbours cancels in the softmax: s - s_min instead of s = |I[i] - I[n]| / scale, and
-        # (s - s_min)(s + s_min) instead of s^2.
+        # What all neighbours share cancels in the softmax: for s = |I[i] - I[n]| / scale, s - s_min will do, and
+        # (s - s_min)(s + s_min) for s^2.
         scaled = excess * inverse[None, :]
         distance += scaled * (scaled + (2 * nearest * inverse)[None, :]) if POWER == 2 else scaled  # eq. 8
         image_ptr += pixels
@@ -88,20 +88,20 @@ def affinity_kernel(
 
 
 @triton.jit
-def moments(value, centre, is_neighbour, num_dilations, WITH_CENTRE: tl.constexpr):
+def moments(value, centre, is_neighbour, NUM_DILATIONS: tl.constexpr, WITH_CENTRE: tl.constexpr):
     """Return 0 as s_min, |I[i] - I[n]| and the variance of one channel, for exponents of at most some tens."""
     difference = tl.where(is_neighbour, value.to(tl.float32) - centre.to(tl.float32), 0.0)
     # Moments about the centre: exactly zero where the image is flat, and no cancellation however large its offset.
     total = tl.sum(difference, axis=0)
     squares = tl.sum(difference * difference, axis=0)
-    samples = (9 if WITH_CENTRE else 8) * num_dilations
+    samples: tl.constexpr = (9 if WITH_CENTRE else 8) * NUM_DILATIONS
     deviations = squares - total * total / samples
     variance = tl.where(deviations < 0, 0.0, deviations) / (samples - 1)  # tl.maximum would drop a NaN
     return tl.zeros_like(total), tl.abs(difference), variance
 
 
 @triton.jit
-def steep_moments(value, centre, is_neighbour, num_dilations, WITH_CENTRE: tl.constexpr):
+def steep_moments(value, centre, is_neighbour, NUM_DILATIONS: tl.constexpr, WITH_CENTRE: tl.constexpr):
     """Return the least |I[i] - I[n]|, what the others exceed it by, and the variance, to the last digits of float32.
 
     Where the neighbours of an outlier are nearly equal, exponents reach 10^10 and their differences decide. Rounding
@@ -129,15 +129,14 @@ def steep_moments(value, centre, is_neighbour, num_dilations, WITH_CENTRE: tl.co
     offset = tl.where(is_neighbour, value - least, 0.0).to(tl.float32)
     centre_offset = tl.sum((centre - least).to(tl.float32), axis=0)  # [1, BLOCK_P] -> [BLOCK_P]
     total = tl.sum(offset, axis=0)
-    samples = 8 * num_dilations
+    samples: tl.constexpr = (9 if WITH_CENTRE else 8) * NUM_DILATIONS
     if WITH_CENTRE:
-        samples += num_dilations
-        total += num_dilations * centre_offset
+        total += NUM_DILATIONS * centre_offset
     mean = total / samples
     deviation = tl.where(is_neighbour, offset - mean[None, :], 0.0)
     squares = tl.sum(deviation * deviation, axis=0)
     if WITH_CENTRE:
-        squares += num_dilations * (centre_offset - mean) * (centre_offset - mean)
+        squares += NUM_DILATIONS * (centre_offset - mean) * (centre_offset - mean)
     return nearest, excess, squares / (samples - 1)
 
 
@@ -153,9 +152,10 @@ def power_of_sigma(variance, SIGMA_POWER: tl.constexpr):
 
 
 def launch_config(num_dilations: int, variant: Variant) -> dict[str, Any]:
-    """Return the constants: about 16 values of the tile per thread, the pixels of a row in neighbouring lanes."""
+    """Return the constants: 8 values of the tile per thread for 6 dilations, the pixels of a row in neighbouring lanes."""
     block_n = triton.next_power_of_2(8 * num_dilations)
     return {
+        "NUM_DILATIONS": num_dilations,
         "WEIGHT": variant.weight,
         "SIGMA_POWER": variant.sigma_power,
         "POWER": variant.power,
@@ -164,7 +164,7 @@ def launch_config(num_dilations: int, variant: Variant) -> dict[str, Any]:
         "STEEP": variant.in_double,
         "BLOCK_N": block_n,
         "BLOCK_P": max(1, min(32, 4096 // block_n)),
-        "num_warps": 4,
+        "num_warps": 8,
     }
 
 
@@ -180,4 +180,4 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Ten
         position = on_device(tuple(weights.tolist()), torch.float32, image.device)
     grid = (batch * triton.cdiv(height * width, config["BLOCK_P"]),)
     with torch.cuda.device_of(image):
-        affinity_kernel[grid](image, out, table, position, len(dilations), channels, height, width, **config)
+        affinity_kernel[grid](image, out, table, position, channels, height, width, **config)

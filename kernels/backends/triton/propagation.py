@@ -160,9 +160,9 @@ def transposed_kernel(
 def launch_config(channels: int, itemsize: int, warp_size: int) -> dict[str, int]:
     """Return tile and warps for masks of `channels` values of `itemsize` bytes.
 
-    Every thread sums one vector of 16 bytes, of 64 pixels per program. With more than one vector per thread, the weights
-    are loaded by other threads than those that use them, and go through shared memory. A pixel's channels are up to 8
-    vectors in one program, so that its weights are read once; of them, at most a quarter lies beyond C.
+    A program has 64 pixels, and every thread one vector of 16 bytes. With more vectors per thread, the weights may be
+    loaded by other threads than those that use them, and go through shared memory. Up to 8 vectors of a pixel lie in
+    one program, so that its weights are read once, as long as at most a quarter of them lies beyond C'.
     """
     vector = 16 // itemsize
     vectors = triton.cdiv(channels, vector)
