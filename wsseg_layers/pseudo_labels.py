@@ -28,7 +28,7 @@ from ._checks import (
     check_same_device,
 )
 from ._dtypes import cast, working_dtype
-from ._refinement import present_first, reads_values, spread
+from ._refinement import present_first, put_channels, reads_values, take_channels
 from .pamr import PAMR
 from .par import PAR
 
@@ -396,7 +396,7 @@ def threshold_pseudo_labels(
     index, counts = _present(labels, max_classes)
     channels = F.pad(index + 1, (1, 0))  # [B, 1 + M], background first
     valid = F.pad(_valid(index, counts), (1, 0), value=True)
-    packed = masks.detach().gather(1, spread(channels, masks.shape[2:]))
+    packed = take_channels(masks.detach(), channels)
     fractions = torch.cat([masks.new_full((1,), background), masks.new_full(index.shape[1:], foreground)])
     threshold = (packed.amax(dim=(2, 3)) * fractions).clamp(min=floor)
     claimed = (packed > threshold[:, :, None, None]) & valid[:, :, None, None]
@@ -561,9 +561,7 @@ def _unpack(maps: Tensor, index: Tensor, counts: Tensor, num_classes: int, size:
     """Return maps [B, 1 + C, G, H, W] of all classes from those of the present ones, [B, 1 + M, G, h, w]."""
     valid = F.pad(_valid(index, counts), (1, 0), value=True)[:, :, None, None, None]
     resized = _resize(maps, size).masked_fill(~valid, 0)
-    channels = F.pad(index + 1, (1, 0))[:, :, None, None, None].expand(resized.shape)
-    shape = (maps.shape[0], 1 + num_classes, *resized.shape[2:])
-    return resized.new_zeros(shape).scatter(1, channels, resized)
+    return put_channels(resized, F.pad(index + 1, (1, 0)), 1 + num_classes)
 
 
 def _finish(labels: Tensor, inside: Tensor | None, ignore_index: int) -> Tensor:
@@ -594,13 +592,9 @@ def _resize(maps: Tensor, size: Sequence[int], align_corners: bool = False) -> T
 
 def _take(views: Tensor, index: Tensor) -> Tensor:
     """Return the channels [B, M] of CAMs [B, V, C, h, w] as [B, M, V, h, w], in float32 at least."""
-    batch, count, channels = views.shape[:3]
-    # `gather` would do the same, and takes eight times as long on a CPU.
-    image = torch.arange(batch, device=views.device)[:, None, None]
-    view = torch.arange(count, device=views.device)
-    plane = (image * count + view) * channels + index[:, :, None]  # [B, M, V]
-    chosen = views.flatten(0, 2).index_select(0, plane.flatten()).view(*plane.shape, *views.shape[3:])
-    return cast(chosen, working_dtype(views))
+    batch, count = views.shape[:2]
+    chosen = take_channels(views.flatten(0, 1), index.repeat_interleave(count, dim=0))  # [B * V, M, h, w]
+    return cast(chosen.unflatten(0, (batch, count)).transpose(1, 2), working_dtype(views))
 
 
 def _present(labels: Tensor, max_classes: int | None) -> tuple[Tensor, Tensor]:
