@@ -1,7 +1,7 @@
-"""PAMR as its published users write it: the peer that every benchmark stands beside.
+"""PAMR, PAR and the other layers in the form in which repositories use them: the peers of the benchmarks.
 
-Replicate padding, a depthwise convolution with fixed one-hot filters for every dilation, a [B, C, N, H, W] stack,
-standard deviation, softmax, product and sum. Written from the definition, for clarity and not for speed.
+PAMR and PAR: replicate padding, a convolution with fixed one-hot filters per dilation, a [B, C, N, H, W] stack,
+standard deviation, softmax, product and sum. Written from the definition.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def one_hot_filters(positions: Sequence[int]) -> Tensor:
-    """Return 3x3 filters [len(positions), 1, 3, 3], each picking one position of the window (row-major)."""
+    """Return 3x3 filters [len(positions), 1, 3, 3]; each copies one position of the window (row-major)."""
     filters = torch.zeros(len(positions), 9)
     filters[torch.arange(len(positions)), torch.tensor(positions)] = 1
     return filters.view(-1, 1, 3, 3)
@@ -24,7 +24,7 @@ NEIGHBOURS = one_hot_filters([position for position in range(9) if position != C
 
 
 def stack(x: Tensor, filters: Tensor, dilations: Sequence[int]) -> Tensor:
-    """Return the filters' outputs for every dilation, [B, C, len(filters) * len(dilations), H, W]."""
+    """Return the outputs of the filters for each dilation, [B, C, len(filters) * len(dilations), H, W]."""
     batch, channels, height, width = x.shape
     maps = x.reshape(batch * channels, 1, height, width)
     filters = filters.to(x)
@@ -69,7 +69,7 @@ def par(imgs: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int) ->
 
 
 def shifted_pamr(image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
-    """Return PAMR's result with a sum over shifted views of the padded mask: the form that compilers fuse best."""
+    """Return PAMR's result as a sum over shifted views of the padded mask, which compilers fuse."""
     weights = affinity(image, dilations)
     height, width = mask.shape[-2:]
     reach = max(dilations)
@@ -95,7 +95,7 @@ def size_penalty(masks: Tensor, p: float = 3, lam: float = 0.01) -> Tensor:
 
 
 def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3) -> Tensor:
-    """Return the stochastic gate's result, eq. 9, with a binary r of its own draw."""
+    """Return the stochastic gate's result, eq. 9, with a binary r that is drawn here."""
     r = (torch.rand_like(deep) < mixing_rate).to(deep.dtype)
     return (1 - r) * (deep - mixing_rate * shallow) / (1 - mixing_rate) + r * shallow
 

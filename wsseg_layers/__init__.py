@@ -15,9 +15,20 @@ from .gci import GCI
 from .ngwp import nGWPPool
 from .pamr import PAMR
 from .par import PAR
+from .pseudo_labels import PowerBackground, PseudoLabels
 from .size_penalty import FocalSizePenalty
 from .stochastic_gate import StochasticGate
 
 __version__ = "0.2.0"
 
-__all__ = ["GCI", "PAMR", "PAR", "FocalSizePenalty", "StochasticGate", "functional", "nGWPPool"]
+__all__ = [
+    "GCI",
+    "PAMR",
+    "PAR",
+    "FocalSizePenalty",
+    "PowerBackground",
+    "PseudoLabels",
+    "StochasticGate",
+    "functional",
+    "nGWPPool",
+]

@@ -3,6 +3,13 @@
 import torch
 from torch import Tensor
 
+# Determined here, because old versions of torch.compile cannot trace the question.
+AUTOCAST_DEVICES = frozenset(
+    device_type
+    for device_type in ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "xla", "xpu")
+    if torch.amp.autocast_mode.is_autocast_available(device_type)
+)
+
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype that the dtypes of all inputs are promoted to."""
@@ -26,7 +33,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def autocasts(device: torch.device) -> bool:
     """Return whether autocast is on for a device."""
-    return torch.amp.autocast_mode.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
 
 
 def result_dtype(*tensors: Tensor) -> torch.dtype:

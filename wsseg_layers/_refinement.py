@@ -22,6 +22,7 @@ from .kernels.operators import check_backend
 DILATIONS = (1, 2, 4, 8, 12, 24)
 Resize = Literal["mask", "image", "none"]
 Absent = Literal["zero", "keep"]
+RESIZES, ABSENTS = get_args(Resize), get_args(Absent)  # not in the functions: old torch.compile cannot trace get_args
 
 
 def check_settings(
@@ -29,7 +30,7 @@ def check_settings(
 ) -> tuple[int, ...]:
     """Check the arguments that both modules are constructed with; return the dilations as a tuple."""
     check_count("num_iter", num_iter, minimum=0)
-    check_choice("resize", resize, get_args(Resize))
+    check_choice("resize", resize, RESIZES)
     check_backend(backend)
     check_affinity_dtype(affinity_dtype)
     return check_dilations(dilations)
@@ -47,7 +48,7 @@ def match_image(named_image: tuple[str, Tensor], named_mask: tuple[str, Tensor],
     Returns:
         The image; resized to the masks if `resize` is "image".
     """
-    check_choice("resize", resize, get_args(Resize))
+    check_choice("resize", resize, RESIZES)
     for name, maps in (named_image, named_mask):
         check_maps(name, maps)
         check_pixels(name, maps)
@@ -85,7 +86,7 @@ def pack_classes(named_mask: tuple[str, Tensor], classes: Tensor | None, image: 
         image: image, [B, K, H, W].
         absent: "zero" or "keep"; checked here, used by `unpack_classes`.
     """
-    check_choice("absent", absent, get_args(Absent))
+    check_choice("absent", absent, ABSENTS)
     _, mask = named_mask
     if classes is None:
         return Packed(resize_to(mask, image.shape[2:]), None, None)
@@ -119,19 +120,35 @@ def check_classes(classes: Tensor, named_mask: tuple[str, Tensor]) -> None:
     check_same_device((name, mask), ("classes", classes))
 
 
-def present_first(classes: Tensor) -> tuple[Tensor, Tensor]:
+def present_first(classes: Tensor, max_classes: int | None = None) -> tuple[Tensor, Tensor]:
     """Return, for a bool [B, C], the channels of every image with the present ones first, and how many are present.
 
+    Args:
+        classes: bool, [B, C].
+        max_classes: upper bound on the present channels of an image, or None. A row with more of them is an error.
+
     Returns:
-        Indices [B, M] and counts [B], int64. M is the largest count on a CPU. It is C on other devices, where reading
-        the counts would wait for the device, and in compiled code, where shapes do not depend on data.
+        Indices [B, M] and counts [B], int64. M is the largest count on a CPU. It is `max_classes` or C on other
+        devices, where reading the counts would wait for the device, and in compiled code, where shapes do not depend
+        on data.
     """
     counts = classes.sum(dim=1)
     index = classes.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if classes.device.type == "cpu" and counts.numel() > 0 and not traced:
-        index = index[:, : max(1, int(counts.max()))]
+    if reads_values(counts):
+        largest = int(counts.max())
+        if max_classes is not None and largest > max_classes:
+            raise ValueError(f"max_classes must be at least the classes of an image, {largest}, got {max_classes}")
+        return index[:, : max(1, largest)], counts
+    if max_classes is not None and max_classes < classes.shape[1]:
+        torch._assert_async((counts <= max_classes).all(), "max_classes is exceeded by the classes of an image")
+        index = index[:, :max_classes]
     return index, counts
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Return whether Python may look at values: those of a CPU, in eager mode, of a batch that is not empty."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not traced
 
 
 def spread(index: Tensor, size: Sequence[int]) -> Tensor:

@@ -163,9 +163,12 @@ class PAMR(StatelessRefinement):
         """Return the weights [B, N, H, W] of an image [B, K, H, W]; N = 8 x number of dilations."""
         return pamr_affinity(image, self.dilations, self.variant, self.backend).to(self.affinity_dtype)
 
-    def propagate(self, mask: Tensor, affinity: Tensor) -> Tensor:
-        """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave."""
-        return pamr_propagate(mask, affinity, self.dilations, self.num_iter, self.backend)
+    def propagate(self, mask: Tensor, affinity: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave.
+
+        With `counts`, int64 [B], only the first `counts[b]` channels of image b are refined; the others are 0.
+        """
+        return pamr_propagate(mask, affinity, self.dilations, self.num_iter, self.backend, counts)
 
     def extra_repr(self) -> str:
         """Return what `print(module)` shows."""

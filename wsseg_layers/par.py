@@ -174,11 +174,14 @@ class PAR(StatelessRefinement):
             imgs, self.dilations, self.renormalise, self.backend, self.w1, self.w2, self.guard, self.affinity_dtype
         )
 
-    def propagate(self, masks: Tensor, affinity: Tensor) -> Tensor:
-        """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave."""
+    def propagate(self, masks: Tensor, affinity: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave.
+
+        With `counts`, int64 [B], only the first `counts[b]` channels of image b are refined; the others are 0.
+        """
         check_maps("masks", masks)
         check_pixels("masks", masks)
-        return pamr_propagate(masks, affinity, self.dilations, self.num_iter, self.backend)
+        return pamr_propagate(masks, affinity, self.dilations, self.num_iter, self.backend, counts)
 
     def extra_repr(self) -> str:
         """Return what `print(module)` shows."""
