@@ -157,7 +157,7 @@ def measure(
     found = evaluate(state.network, curve_set, settings, device, state.group, scales=(1.0,), flip=False)
     per_class = {"average precision": found.average_precision}
     figures = {"miou": max(map(mean_iou, found.iou.values())), "map": mean_iou(found.average_precision)}
-    if measures_pseudo_labels(state, data):
+    if measures_pseudo_labels(state, data) and state.epoch >= settings.classification_epochs:
         quality = evaluate_pseudo_labels(state.network, data.train_with_masks, settings, device, state.group)
         per_class["pseudo label iou"] = quality.iou[1:]
         figures |= {"pseudo label miou": mean_iou(quality.iou), "pseudo label coverage": quality.coverage}
