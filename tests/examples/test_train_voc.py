@@ -9,12 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-<<<<<<< HEAD
-=======
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
->>>>>>> docs
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +121,6 @@ def test_going_on_from_any_epoch(finished: Path, tmp_path: Path) -> None:
     assert len(read_checkpoint(tmp_path / "single_stage.pt")["progress"]["history"]) == 3
 
 
-<<<<<<< HEAD
 def test_the_best_epoch_makes_the_results(toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([0.3, 0.1, 0.2])
     evaluated = []
@@ -176,12 +171,9 @@ def test_held_out_loss_needs_no_masks(toy_root: Path, tmp_path: Path) -> None:
     assert histories[0][1] > 0
 
 
-def start(arguments: list[str], launcher: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
-=======
 @contextmanager
 def started(arguments: list[str], launcher: tuple[str, ...] = ()) -> Iterator["subprocess.Popen[str]"]:
     """Start a training in a process of its own, which ends with the block. There is no time limit to miss."""
->>>>>>> docs
     command = [sys.executable, *launcher, str(Path(train_voc.__file__)), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -314,19 +306,11 @@ def test_a_worker_that_dies_is_said_in_one_line(
 
 
 def test_half_precision(finished: Path, toy_root: Path, tmp_path: Path) -> None:
-<<<<<<< HEAD
-    # In a separate process, because accelerate keeps its first precision until the process ends.
-    process = start(
-        [*QUICK, "--data", str(toy_root), "--output", str(tmp_path), "--no-baseline", "--precision", "bf16"]
-    )
-    printed, _ = process.communicate(timeout=300)
-=======
     # In a process of its own: accelerate keeps one precision for the life of a process.
     # One epoch, because bfloat16 is slow on processors without instructions for it.
     arguments = [*QUICK, "--data", str(toy_root), "--output", str(tmp_path), "--no-baseline"]
     with started([*arguments, "--precision", "bf16", "--epochs", "1"]) as process:
         printed, _ = process.communicate()
->>>>>>> docs
     assert process.returncode == 0, printed
     half, full = (read_checkpoint(folder / "single_stage.pt") for folder in (tmp_path, finished))
     assert half["progress"]["history"][0]["loss"] == pytest.approx(full["progress"]["history"][0]["loss"], rel=0.1)
