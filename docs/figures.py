@@ -12,7 +12,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-from voc.toy import OBJECTS, draw_scene  # noqa: E402
+from voc.dataset.toy import OBJECTS, draw_scene  # noqa: E402
 
 from wsseg_layers import PAMR, PAR  # noqa: E402
 from wsseg_layers.functional import (  # noqa: E402

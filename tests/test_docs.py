@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 from voc.arguments import parse_arguments
-from voc.data import read_mask, read_split
-from voc.toy import toy_voc
+from voc.dataset.images import read_mask
+from voc.dataset.layout import read_split
+from voc.dataset.toy import toy_voc
 
 from benchmarks.report import README_END, README_START, read_csv, readme_text
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from voc.backbones import build_backbone
-from voc.inference import normalise
+from voc.backbones.base import normalise
 from voc.model import SingleStageNet
 
 from tests.test_calls import LAYERS, each_layer

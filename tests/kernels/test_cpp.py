@@ -105,7 +105,8 @@ def test_every_set_of_instructions(capability: str) -> None:
         pytest.skip(f"the processor has {here}")
     code = f"""import torch
 from wsseg_layers.kernels import pamr_affinity, pamr_propagate
-assert torch.backends.cpu.get_cpu_capability() == "{capability}"
+found = torch.backends.cpu.get_cpu_capability()
+assert found.replace("NO AVX", "DEFAULT") == "{capability}"  # "NO AVX" on x86 with older torch
 for height, width, dtype in [(3, 1, torch.float32), (2, 37, torch.float32), (4, 19, torch.float64)]:
     image, mask = torch.rand(1, 3, height, width), torch.rand(1, 26, height, width, dtype=dtype)
     for variant in ("pamr", "par"):

@@ -33,15 +33,19 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Ten
     affinities.affinity(image, dilations, variant, out)
 
 
-def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
+def propagate(
+    mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, counts: Tensor | None = None
+) -> Tensor:
     """Return the masks [B, C, H, W] after `num_iter` iterations of eq. 7, contiguous, in their own dtype."""
     from . import propagation
 
-    return propagation.propagate(mask, affinity, dilations, num_iter)
+    return propagation.propagate(mask, affinity, dilations, num_iter, counts)
 
 
-def propagate_transposed(grad: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
-    """Return the transpose of `propagate`, applied to `grad` [B, C, H, W]."""
+def propagate_transposed(
+    grad: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, counts: Tensor | None = None
+) -> Tensor:
+    """Return the transpose of `propagate`, applied to `grad` [B, C, H, W]: the gradient of the masks."""
     from . import propagation
 
-    return propagation.propagate_transposed(grad, affinity, dilations, num_iter)
+    return propagation.propagate_transposed(grad, affinity, dilations, num_iter, counts)
