@@ -4,7 +4,7 @@ PAMR and PAR: replicate padding, a convolution with fixed one-hot filters per di
 standard deviation, softmax, product and sum. Written from the definition.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,42 @@ def par_affinity(imgs: Tensor, dilations: Sequence[int], w1: float = 0.3, w2: fl
 def par(imgs: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
     """Return the masks [B, C, H, W] refined by PAR."""
     return propagate(masks, par_affinity(imgs, dilations), dilations, num_iter)
+
+
+def pseudo_labels(
+    refine: Callable[[Tensor, Tensor], Tensor],
+    images: Tensor,
+    cams: Tensor,
+    labels: Tensor,
+    high: float = 0.7,
+    low: float = 0.25,
+    ignore_index: int = 255,
+) -> Tensor:
+    """Return the pseudo labels [B, H, W] of CAMs [B, C, H, W] as AFA, ToCo and their successors make them.
+
+    Two background scores are put before all CAMs and resized with them; then every image is refined twice, by itself.
+    """
+    size = images.shape[2:]
+    half = (size[0] // 2, size[1] // 2)
+    small = F.interpolate(images, half, mode="bilinear", align_corners=False)
+    result = torch.full((len(images), *size), ignore_index, device=images.device)
+    resized = []
+    for score in (high, low):
+        background = torch.full_like(cams[:, :1], score)
+        with_background = torch.cat([background, cams], dim=1)
+        resized.append(F.interpolate(with_background, half, mode="bilinear", align_corners=False))
+    for b, row in enumerate(labels):
+        channels = torch.cat([row.new_ones(1), row]).nonzero()[:, 0]
+        candidates = []
+        for maps in resized:
+            refined = refine(small[b : b + 1], maps[b, channels][None].softmax(dim=1))
+            refined = F.interpolate(refined, size, mode="bilinear", align_corners=False)
+            candidates.append(channels[refined.argmax(dim=1)[0]])
+        with_high, with_low = candidates
+        result[b] = with_high
+        result[b, with_high == 0] = ignore_index
+        result[b, (with_high == 0) & (with_low == 0)] = 0
+    return result
 
 
 def shifted_pamr(image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
