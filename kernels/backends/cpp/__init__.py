@@ -44,8 +44,7 @@ def empty_affinity(image: Tensor, neighbours: int) -> Tensor:
 
 def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Tensor) -> None:
     """Fill `out`, of `empty_affinity`, with the affinity of an image [B, K, H, W]."""
-    precision = _precision(variant, image.dtype)
-    image = image.to(torch.float64 if precision == "double" else torch.float32)
+    image = image.to(torch.float64 if variant.in_double else torch.float32)
     task = library.Affinity(
         image.data_ptr(),
         image.stride(),
@@ -55,15 +54,7 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Ten
         _numbers(tuple(dilations), variant),
         torch.get_num_threads(),
     )
-    _run(f"affinity_{precision}", task)
-
-
-def _precision(variant: Variant, dtype: torch.dtype) -> str:
-    """Return what the affinity of an image is computed in: "float", "double", or "mixed" with moments in float32."""
-    if not variant.in_double:
-        return "float"
-    # Few exponents are large with sigma itself, and kernels.cpp looks for them.
-    return "mixed" if variant.sigma_power == 1 and dtype != torch.float64 else "double"
+    _run("affinity_double" if variant.in_double else "affinity_float", task)
 
 
 def propagate(

@@ -33,8 +33,8 @@ constexpr int MAX_CHANNELS = 12, MAX_VECTORS = 4; // of which they are made
 // The least work of a thread: terms of sums in one iteration, and neighbours of pixels in all channels of an image.
 constexpr int64_t PROPAGATE_GRAIN = 1 << 18, AFFINITY_GRAIN = 1 << 15;
 
-// Tables of this size are worked on together: as many images or chunks of channels as there are threads, if they fit.
-constexpr int64_t TABLE_BYTES = 24 << 20;
+// As many images or chunks of channels are worked on at once as there are threads, if their tables fit these bytes.
+constexpr int64_t SLOTS_BYTES = 24 << 20;
 constexpr int64_t MAX_SLOTS = 64;
 
 struct Neighbours {
@@ -158,11 +158,11 @@ template <typename Real> static void pad_sides(Real *row, const Table &table, bo
 }
 
 // Copy row y of an image [channels][height][width] to its table.
-template <typename From, typename To>
-static void read_row(To *out, const From *image, const int64_t *strides, int64_t y, const Table &table, bool zeros)
+template <typename Real>
+static void read_row(Real *out, const Real *image, const int64_t *strides, int64_t y, const Table &table, bool zeros)
 {
     for (int64_t c = 0; c < table.channels; c++, out += table.pitch) {
-        const From *in = image + c * strides[1] + y * strides[2];
+        const Real *in = image + c * strides[1] + y * strides[2];
         if (strides[3] == 1)
             std::copy_n(in, table.width, out);
         else
@@ -181,21 +181,24 @@ static void find_rows(const Real **rows, const Real *tables, const Table &table,
 
 // ---- Affinity, eq. 8: softmax over n of -mean_k (|I_ki - I_kn| / (guard + weight sigma_ki^sigma_power))^power ----
 
-// Pixels are weighed in blocks of this size. Moments are computed in `Moment`, exponents in `Exponent`, which may have to
-// be wider: their differences matter, however large they are. The softmax is float32.
+// Pixels are weighed in blocks of this size. Moments and exponents are `Real`, the softmax is float32.
 constexpr int BLOCK = 2 * LANES<float>;
 
-// Exponents beyond this one need moments as precise as themselves: a scale's error is multiplied by the exponent.
-constexpr double STEEP = 64;
-
-// What a thread needs to weigh a block of pixels. Rows start at column 0.
-template <typename Moment, typename Exponent> struct Scratch {
-    const Moment *centre, **rows;
-    const Exponent *wide_centre, **wide_rows;
-    Exponent (*scales)[BLOCK];    // of every channel
-    Exponent (*exponents)[BLOCK]; // of every neighbour
+// What a thread needs to weigh a block of pixels.
+template <typename Real> struct Scratch {
+    const Real *centre, **rows; // where column 0 of the row and its neighbours is
+    Real (*scales)[BLOCK];      // of every channel
+    Real (*exponents)[BLOCK];   // of every neighbour
     float (*weights)[BLOCK];
 };
+
+template <typename Real> static Vector<Real> square_root(Vector<Real> x)
+{
+    Real lanes[LANES<Real>];
+    at(lanes) = x;
+    for (Real &lane : lanes) lane = std::sqrt(lane);
+    return at(lanes);
+}
 
 // 2^x for x <= 0, to a relative 2e-7. NaN stays NaN.
 static Vector<float> power_of_2(Vector<float> x)
@@ -209,73 +212,51 @@ static Vector<float> power_of_2(Vector<float> x)
     return (Vector<float>)((Bits)series + ((Bits)shifted << 23)); // the integer is added to the exponent
 }
 
-// Fill the scales 1 / (guard + weight sigma^sigma_power) of a channel, for the register of pixels that starts at `first`.
-template <typename Moment, typename Exponent>
-static void find_scales(Exponent *scales, const Moment *const *rows, const Moment *centre, int64_t first,
-                        const Affinity &task)
+// Return 1 / (guard + weight sigma^sigma_power) of a channel, for the register of pixels that starts at `first`.
+template <typename Real>
+static Vector<Real> find_scale(const Scratch<Real> &scratch, int64_t first, const Affinity &task)
 {
-    constexpr int lanes = LANES<Moment>;
     const Variant &variant = task.variant;
-    auto value = [&](int64_t n) { return at(rows[n] + first); };
-    // Moments about the mean of the first eight neighbours: they cancel little, however large the image's offset and
-    // however unlike its neighbours the pixel. Added up in this order, the mean of equal values is exact, and sigma 0.
-    const Vector<Moment> origin = Moment(0.125) * (((value(0) + value(1)) + (value(2) + value(3))) +
-                                                   ((value(4) + value(5)) + (value(6) + value(7))));
-    const Exponent samples = variant.samples, copies = samples - task.neighbours.count; // of the pixel itself
-    Exponent sums[lanes], variances[lanes];
-    for (int i = 0; i < lanes; i++) {
-        const Exponent difference = centre[first + i] - origin[i];
-        sums[i] = copies * difference;
-        variances[i] = copies * difference * difference;
+    const Vector<Real> middle = at(scratch.centre + first), none = {};
+    // Moments about the pixel itself: sigma is 0 where the image is flat, and no offset of the image cancels anything.
+    Vector<Real> total = {}, squares = {};
+    for (int64_t n = 0; n < task.neighbours.count; n++) {
+        const Vector<Real> difference = at(scratch.rows[n] + first) - middle;
+        total += difference;
+        squares += difference * difference;
     }
-    for (int64_t dilation = 0; dilation < task.neighbours.count; dilation += 8) { // so few that little is rounded
-        Vector<Moment> total = {}, squares = {};
-        for (int64_t n = dilation; n < dilation + 8; n++) {
-            const Vector<Moment> difference = value(n) - origin;
-            total += difference;
-            squares += difference * difference;
-        }
-        for (int i = 0; i < lanes; i++) sums[i] += total[i], variances[i] += squares[i];
-    }
-    for (int i = 0; i < lanes; i++) {
-        const Exponent variance = (variances[i] - sums[i] * sums[i] / samples) / (samples - 1);
-        variances[i] = variance < 0 ? 0 : variance; // NaN stays NaN
-    }
-    if (variant.sigma_power == 1)
-        for (Exponent &variance : variances) variance = std::sqrt(variance);
-    if (variant.sigma_power == 0) std::fill_n(variances, lanes, Exponent(1));
-    for (int i = 0; i < lanes; i++)
-        scales[i] = 1 / (Exponent(variant.guard) + Exponent(variant.weight) * variances[i]); // eq. 8
+    const Real samples = variant.samples;
+    Vector<Real> sigma = (squares - total * total / samples) / (samples - 1);
+    sigma = sigma < 0 ? none : sigma; // NaN stays NaN
+    if (variant.sigma_power == 1) sigma = square_root<Real>(sigma);
+    if (variant.sigma_power == 0) sigma = none + 1;
+    return 1 / (Real(variant.guard) + Real(variant.weight) * sigma); // eq. 8
 }
 
-// Fill scratch.weights with a block's exponents of eq. 8 to the base 2, relative to the largest of every pixel. Return
-// whether some pixel's largest one is so far below 0 that its scales should be more precise.
-template <int K, bool squared, typename Moment, typename Exponent>
-static bool find_exponents(const Scratch<Moment, Exponent> &scratch, int64_t x, int64_t pitch, const Affinity &task)
+// Fill scratch.weights with a block's exponents of eq. 8 to the base 2, relative to the largest of every pixel.
+template <int K, bool squared, typename Real>
+static void find_exponents(const Scratch<Real> &scratch, int64_t x, int64_t pitch, const Affinity &task)
 {
-    using V = Vector<Exponent>;
+    constexpr int lanes = LANES<Real>;
     const int64_t channels = K ? K : task.channels, count = task.neighbours.count;
-    const Exponent factor = -M_LOG2E / channels;
-    bool steep = false;
-    for (int v = 0; v < BLOCK; v += LANES<Exponent>) {
-        V least = V{} + Exponent(INFINITY);
+    const Real factor = -M_LOG2E / channels;
+    for (int v = 0; v < BLOCK; v += lanes) {
+        Vector<Real> least = Vector<Real>{} + Real(INFINITY);
         for (int64_t n = 0; n < count; n++) {
-            V sum = {};
+            Vector<Real> sum = {};
             for (int64_t k = 0; k < channels; k++) {
                 const int64_t pixel = k * pitch + x + v;
-                const V difference = at(scratch.wide_rows[n] + pixel) - at(scratch.wide_centre + pixel);
-                const V scaled = difference * at(scratch.scales[k] + v);
-                sum += squared ? scaled * scaled : scaled < 0 ? -scaled : scaled;
+                const Vector<Real> difference = at(scratch.rows[n] + pixel) - at(scratch.centre + pixel);
+                const Vector<Real> scaled = difference * at(scratch.scales[k] + v);
+                sum += squared ? scaled * scaled : scaled < 0 ? -scaled : scaled; // eq. 8
             }
             least = sum < least ? sum : least;
             at(scratch.exponents[n] + v) = sum;
         }
         for (int64_t n = 0; n < count; n++)
-            for (int i = 0; i < LANES<Exponent>; i++)
+            for (int i = 0; i < lanes; i++)
                 scratch.weights[n][v + i] = (scratch.exponents[n][v + i] - least[i]) * factor;
-        for (int i = 0; i < LANES<Exponent>; i++) steep |= least[i] > STEEP * channels;
     }
-    return steep;
 }
 
 // Turn a block's exponents into weights.
@@ -297,80 +278,59 @@ static void softmax(float (*weights)[BLOCK], const Affinity &task)
 }
 
 // Fill scratch.weights of the block that starts at column x.
-template <typename Moment, typename Exponent>
-static void weigh(const Scratch<Moment, Exponent> &scratch, int64_t x, int64_t pitch, const Affinity &task)
+template <typename Real>
+static void weigh(const Scratch<Real> &scratch, int64_t x, int64_t pitch, const Affinity &task)
 {
-    auto scale = [&](auto rows, auto centre) {
-        using Real = std::decay_t<decltype(*centre)>;
-        for (int64_t k = 0; k < task.channels; k++)
-            for (int v = 0; v < BLOCK; v += LANES<Real>)
-                find_scales(scratch.scales[k] + v, rows, centre, k * pitch + x + v, task);
-    };
-    auto find = [&] { // with 3 channels known to the compiler, they stay in registers
-        const bool squared = task.variant.power == 2;
-        return task.channels == 3 ? squared ? find_exponents<3, true>(scratch, x, pitch, task)
-                                            : find_exponents<3, false>(scratch, x, pitch, task)
-               : squared          ? find_exponents<0, true>(scratch, x, pitch, task)
-                                  : find_exponents<0, false>(scratch, x, pitch, task);
-    };
-    scale(scratch.rows, scratch.centre);
-    if (find() && sizeof(Moment) < sizeof(Exponent)) {
-        scale(scratch.wide_rows, scratch.wide_centre);
-        find();
-    }
+    for (int64_t k = 0; k < task.channels; k++)
+        for (int v = 0; v < BLOCK; v += LANES<Real>)
+            at(scratch.scales[k] + v) = find_scale(scratch, k * pitch + x + v, task);
+    const bool squared = task.variant.power == 2;
+    if (task.channels == 3) // known to the compiler, they stay in registers
+        (squared ? find_exponents<3, true, Real> : find_exponents<3, false, Real>)(scratch, x, pitch, task);
+    else
+        (squared ? find_exponents<0, true, Real> : find_exponents<0, false, Real>)(scratch, x, pitch, task);
     softmax(scratch.weights, task);
 }
 
-template <typename Moment, typename Exponent>
-static Scratch<Moment, Exponent> take_scratch(Workspace &workspace, const Affinity &task)
+template <typename Real> static Scratch<Real> take_scratch(Workspace &workspace, const Affinity &task)
 {
     const int64_t count = task.neighbours.count;
-    Scratch<Moment, Exponent> scratch = {};
-    scratch.rows = workspace.take<const Moment *>(count);
-    scratch.wide_rows = workspace.take<const Exponent *>(count);
-    scratch.scales = workspace.take<Exponent[BLOCK]>(task.channels);
-    scratch.exponents = workspace.take<Exponent[BLOCK]>(count);
+    Scratch<Real> scratch;
+    scratch.rows = workspace.take<const Real *>(count);
+    scratch.scales = workspace.take<Real[BLOCK]>(task.channels);
+    scratch.exponents = workspace.take<Real[BLOCK]>(count);
     scratch.weights = workspace.take<float[BLOCK]>(count);
     return scratch;
 }
 
-// The images as tables, followed by every thread's scratch.
-template <typename Moment, typename Exponent> struct AffinityPlan {
+// How the workspace is divided: the images as tables, then every thread's scratch.
+template <typename Real> struct AffinityPlan {
     Table table;
-    int64_t threads, tables_bytes, scratch_bytes;
-    Moment *tables;
-    Exponent *wide_tables; // the same ones, or their copy in a wider type
+    int64_t threads, shared_bytes, scratch_bytes;
+    Real *tables;
 
     AffinityPlan(const Affinity &task, void *memory)
     {
         const int64_t reach = task.neighbours.reach, pixels = task.batch * task.height * task.width;
         threads = limit_threads(task.threads, pixels * task.neighbours.count * task.channels, AFFINITY_GRAIN);
-        table = make_table<Moment>(task.channels, task.height, task.width, reach, reach + BLOCK);
-        const int64_t size = task.batch * task.height * task.channels * table.pitch;
+        table = make_table<Real>(task.channels, task.height, task.width, reach, reach + BLOCK);
         Workspace workspace = {(uintptr_t)memory};
-        tables = workspace.take<Moment>(size);
-        if constexpr (std::is_same_v<Moment, Exponent>)
-            wide_tables = tables;
-        else
-            wide_tables = workspace.take<Exponent>(size);
-        tables_bytes = workspace.used;
-        take_scratch<Moment, Exponent>(workspace, task);
-        scratch_bytes = workspace.used - tables_bytes;
+        tables = workspace.take<Real>(task.batch * task.height * task.channels * table.pitch);
+        shared_bytes = workspace.used;
+        take_scratch<Real>(workspace, task);
+        scratch_bytes = workspace.used - shared_bytes;
     }
-    int64_t bytes() const { return tables_bytes + threads * scratch_bytes; }
+    int64_t bytes() const { return shared_bytes + threads * scratch_bytes; }
 };
 
-template <typename Moment, typename Exponent>
-static void weigh_row(Scratch<Moment, Exponent> &scratch, const Affinity &task,
-                      const AffinityPlan<Moment, Exponent> &plan, int64_t image, int64_t y)
+template <typename Real>
+static void weigh_row(Scratch<Real> &scratch, const Affinity &task, const AffinityPlan<Real> &plan, int64_t image,
+                      int64_t y)
 {
     const int64_t count = task.neighbours.count, width = task.width, pixels = std::min<int64_t>(width, BLOCK);
-    const Moment *tables = plan.table.row(plan.tables, image * task.height) - plan.table.left;
-    const Exponent *wide_tables = plan.table.row(plan.wide_tables, image * task.height) - plan.table.left;
-    find_rows(scratch.rows, tables, plan.table, task.neighbours, y);
-    find_rows(scratch.wide_rows, wide_tables, plan.table, task.neighbours, y);
-    scratch.centre = plan.table.row(tables, y);
-    scratch.wide_centre = plan.table.row(wide_tables, y);
+    const Real *map = plan.tables + image * task.height * task.channels * plan.table.pitch;
+    find_rows(scratch.rows, map, plan.table, task.neighbours, y);
+    scratch.centre = plan.table.row(map, y);
     float *out = task.out + (image * task.height + y) * count * width;
     for (int64_t x = 0; x < width; x += BLOCK) {
         // The last block overlaps the one before, unless it is the only one.
@@ -380,20 +340,17 @@ static void weigh_row(Scratch<Moment, Exponent> &scratch, const Affinity &task,
     }
 }
 
-template <typename Moment, typename Exponent> static void affinity(const Affinity &task, void *memory)
+template <typename Real> static void affinity(const Affinity &task, void *memory)
 {
-    const AffinityPlan<Moment, Exponent> plan(task, memory);
+    const AffinityPlan<Real> plan(task, memory);
     in_parallel(plan.threads, [&](int64_t thread, int64_t threads) {
-        Workspace own = {(uintptr_t)memory, plan.tables_bytes + thread * plan.scratch_bytes};
-        auto scratch = take_scratch<Moment, Exponent>(own, task);
+        Workspace own = {(uintptr_t)memory, plan.shared_bytes + thread * plan.scratch_bytes};
+        auto scratch = take_scratch<Real>(own, task);
         const int64_t rows = task.batch * task.height;
         const int64_t first = rows * thread / threads, last = rows * (thread + 1) / threads;
         for (int64_t row = first; row < last; row++) {
-            auto image = (const Moment *)task.image + row / task.height * task.strides[0];
-            const int64_t y = row % task.height;
-            read_row(plan.table.row(plan.tables, row), image, task.strides, y, plan.table, false);
-            if constexpr (!std::is_same_v<Moment, Exponent>)
-                read_row(plan.table.row(plan.wide_tables, row), image, task.strides, y, plan.table, false);
+            auto image = (const Real *)task.image + row / task.height * task.strides[0];
+            read_row(plan.table.row(plan.tables, row), image, task.strides, row % task.height, plan.table, false);
         }
         wait_for_all(threads);
         for (int64_t row = first; row < last; row++)
@@ -438,17 +395,19 @@ struct Units {
     }
 };
 
+// How the workspace is divided: for every slot, two tables that iterations fill in turn and, for the transpose, its
+// weights; then every thread's pointers and copies of weights.
 template <typename Real> struct PropagationPlan {
     Table table; // of as many channels as a unit has at most
-    int64_t threads, slots, table_size;
-    Real *tables[2];
-    const Real **rows; // of the first thread, as all below
-    int64_t *columns;
-    Real *weights;
-    int64_t sides, weights_pitch, scratch_bytes, bytes;
+    int64_t threads, slots, table_size, sides, weights_pitch, shifted_size, terms, shared_bytes, worker_bytes;
+    bool copied; // weights that cannot be read where they are
+    Real *tables[2], *shifted;
+
+    PropagationPlan(const Propagation &task, void *memory);
+    int64_t bytes() const { return shared_bytes + threads * worker_bytes; }
 };
 
-// Of the top row: its own neighbours to the sides, and all rows from which a neighbour is above the image.
+// The terms of the top row's sums in the transpose: one per row from which a neighbour is in it, or above it.
 static int64_t most_readers(const Propagation &task)
 {
     int64_t count = 0;
@@ -457,36 +416,6 @@ static int64_t most_readers(const Propagation &task)
         count += task.height == 1 || dy == 0 ? 1 : dy < 0 ? std::min(-dy, task.height - 1) + 1 : 0;
     }
     return count;
-}
-
-template <typename Real> static PropagationPlan<Real> plan(const Propagation &task, void *memory)
-{
-    PropagationPlan<Real> plan;
-    Units units{task};
-    int64_t work = 0, total = 0, most = 0;
-    for (int64_t b = 0; b < task.batch; b++) {
-        const int64_t chunks = units.chunks_of(b, sizeof(Real)), channels = units.channels_of(b);
-        total += chunks;
-        work += channels * task.height * task.width * task.neighbours.count;
-        if (chunks) most = std::max(most, divide_up(channels, chunks));
-    }
-    const int64_t reach = task.neighbours.reach, sides = task.transposed ? round_up(reach, LANES<Real>) : 0;
-    plan.threads = limit_threads(task.threads, work, PROPAGATE_GRAIN);
-    plan.table = make_table<Real>(most, task.height, task.width, reach, std::max(reach, sides));
-    plan.table_size = most * task.height * plan.table.pitch;
-    const int64_t fitting = TABLE_BYTES / std::max<int64_t>(1, plan.table_size * sizeof(Real));
-    plan.slots = std::clamp<int64_t>(std::min(fitting, total), 1, std::min(MAX_SLOTS, plan.threads));
-    Workspace workspace = {(uintptr_t)memory};
-    for (auto &tables : plan.tables) tables = workspace.take<Real>(plan.slots * plan.table_size);
-    const int64_t before = workspace.used, terms = task.transposed ? most_readers(task) : task.neighbours.count;
-    plan.sides = sides;
-    plan.weights_pitch = std::max<int64_t>(task.width, LANES<Real>) + 2 * sides;
-    plan.rows = workspace.take<const Real *>(terms);
-    plan.columns = workspace.take<int64_t>(terms);
-    plan.weights = workspace.take<Real>(terms * plan.weights_pitch);
-    plan.scratch_bytes = workspace.used - before;
-    plan.bytes = before + plan.threads * plan.scratch_bytes;
-    return plan;
 }
 
 // float16 to float32: the exponent's bias is corrected by a multiplication, which also normalises.
@@ -527,11 +456,11 @@ static void read_weights(Real *out, const void *weights, int64_t type, int64_t f
     }
 }
 
-// What pixels are summed from: weights[n * stride + x] * rows[n][x] for all n < count, in every channel.
+// What pixels are summed from: weights[n][x] * rows[n][x] for all n < count, in every channel.
 template <typename Real> struct Terms {
-    const Real *const *rows;
-    const Real *weights;
-    int64_t stride, count, pitch;
+    const Real *const *rows, *const *weights;
+    int64_t count, pitch;
+    int64_t next; // from a row's weights to those of the next
     const Real *ahead; // what the next row of pixels needs and this one does not, to be fetched meanwhile
 };
 
@@ -540,20 +469,20 @@ template <int channels, int vectors, typename Real>
 static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
 {
     constexpr int lanes = LANES<Real>;
-    const int64_t pitch = terms.pitch, count = terms.count, stride = terms.stride, first = channel * pitch + x;
-    const Real *const *rows = terms.rows, *weights = terms.weights + x;
+    const int64_t pitch = terms.pitch, count = terms.count, next = terms.next, first = channel * pitch + x;
+    const Real *const *rows = terms.rows, *const *all_weights = terms.weights;
     Vector<Real> sums[channels][vectors];
     // Without the pragmas, GCC keeps the sums in memory before and after the loop.
 #pragma GCC unroll 16
     for (int c = 0; c < channels; c++)
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) sums[c][v] = Vector<Real>{};
-    for (int64_t n = 0; n < count; n++, weights += stride) {
-        const Real *row = rows[n] + first;
+    for (int64_t n = 0; n < count; n++) {
+        const Real *row = rows[n] + first, *weights = all_weights[n] + x;
         Vector<Real> weight[vectors];
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) weight[v] = at(weights + v * lanes);
-        __builtin_prefetch(weights + count * stride);
+        __builtin_prefetch(weights + next);
 #pragma GCC unroll 16
         for (int c = 0; c < channels; c++)
 #pragma GCC unroll 16
@@ -601,61 +530,76 @@ static void sum_row(Real *out, const Terms<Real> &terms, int64_t channels, int64
     }
 }
 
-// One thread's share of the workspace.
+// What one thread needs.
 template <typename Real> struct Worker {
     const Propagation &task;
     const PropagationPlan<Real> &plan;
-    const Real **rows;
-    int64_t *columns;
-    Real *weights;
+    const Real **rows, **weights; // of the terms of a sum
+    int64_t *columns;             // by how much the transpose shifts them
+    Real *copies;                 // of weights
 
-    Worker(const Propagation &task, const PropagationPlan<Real> &plan, int64_t thread) : task(task), plan(plan)
+    Worker(const Propagation &task, const PropagationPlan<Real> &plan, Workspace &workspace) : task(task), plan(plan)
     {
-        const int64_t shift = thread * plan.scratch_bytes;
-        rows = (const Real **)((char *)plan.rows + shift);
-        columns = (int64_t *)((char *)plan.columns + shift);
-        weights = (Real *)((char *)plan.weights + shift);
+        rows = workspace.take<const Real *>(plan.terms);
+        weights = workspace.take<const Real *>(plan.terms);
+        columns = workspace.take<int64_t>(plan.terms);
+        copies = workspace.take<Real>(plan.copied ? plan.terms * plan.weights_pitch : 0);
     }
 
-    // Where the weights of row y and neighbour n begin.
+    // Where the weights of row y and neighbour n start.
     int64_t weights_of(int64_t image, int64_t y, int64_t n) const
     {
         return ((image * task.height + y) * task.neighbours.count + n) * task.width;
     }
 
+    // Eq. 7 for a row of pixels.
     void propagate_row(Real *to, const Real *from, const Table &table, int64_t image, int64_t y) const
     {
-        const Neighbours &neighbours = task.neighbours;
-        const int64_t count = neighbours.count, width = task.width, first = weights_of(image, y, 0);
-        find_rows(rows, from, table, neighbours, y);
-        const Real *ahead = table.row(from, std::min(y + 1 + neighbours.reach, task.height - 1));
-        Terms<Real> terms = {rows, (const Real *)task.weights + first, width, count, table.pitch, ahead};
-        if (task.weights_type != Types<Real>::type || width < LANES<Real>) {
-            terms.weights = weights;
-            terms.stride = plan.weights_pitch;
-            for (int64_t n = 0; n < count; n++)
-                read_weights(weights + n * terms.stride, task.weights, task.weights_type, first + n * width, width);
+        const int64_t count = task.neighbours.count, width = task.width;
+        find_rows(rows, from, table, task.neighbours, y);
+        for (int64_t n = 0; n < count; n++) {
+            const int64_t first = weights_of(image, y, n);
+            weights[n] = (const Real *)task.weights + first;
+            if (plan.copied) {
+                read_weights(copies + n * plan.weights_pitch, task.weights, task.weights_type, first, width);
+                weights[n] = copies + n * plan.weights_pitch;
+            }
         }
+        const Real *ahead = table.row(from, std::min(y + 1 + task.neighbours.reach, task.height - 1));
         Real *out = table.row(to, y);
+        const Terms<Real> terms = {rows, weights, count, table.pitch, plan.copied ? 0 : count * width, ahead};
         sum_row(out, terms, table.channels, task.group, 0, width);
         for (int64_t c = 0; c < table.channels; c++) pad_sides(out + c * table.pitch, table, false);
     }
 
-    // The transpose: every pixel sums what its readers, the pixels that it is a neighbour of, pass back. Its readers in
-    // row p are shifted to its column; columns beyond the image are summed like all others, then added to the border.
-    void propagate_transposed_row(Real *to, const Real *from, const Table &table, int64_t image, int64_t y) const
+    // The transpose of eq. 7 sums what a pixel's readers pass back, the pixels that it is a neighbour of. Their weights are
+    // first shifted to the column that they pass to, with zeros for the columns that they do not.
+    void shift_weights(Real *shifted, int64_t image, int64_t y) const
+    {
+        for (int64_t n = 0; n < task.neighbours.count; n++) {
+            Real *row = shifted + (y * task.neighbours.count + n) * plan.weights_pitch;
+            Real *start = row + plan.sides + task.neighbours.dx[n];
+            std::fill(row, start, Real(0));
+            read_weights(start, task.weights, task.weights_type, weights_of(image, y, n), task.width);
+            std::fill(start + task.width, row + plan.weights_pitch, Real(0));
+        }
+    }
+
+    // Columns beyond the image are summed like all others, and then added to the border that they replicate.
+    void propagate_transposed_row(Real *to, const Real *from, const Real *shifted, const Table &table, int64_t y) const
     {
         constexpr int lanes = LANES<Real>;
-        const int64_t width = task.width, reach = task.neighbours.reach, pitch = plan.weights_pitch;
-        const int64_t count = find_readers(from, table, image, y);
+        const int64_t width = task.width, reach = task.neighbours.reach;
+        const int64_t count = find_readers(from, shifted, table, y);
+        const Real *ahead = table.row(from, std::min(y + 1 + reach, task.height - 1));
         Real *out = table.row(to, y);
         auto sum_columns = [&](int64_t first, int64_t last, int64_t start, int64_t end) {
-            const Real *shifted = weights + first * pitch + plan.sides;
-            const Terms<Real> terms = {rows + first, shifted, pitch, last - first, table.pitch, table.row(from, y)};
+            const int64_t next = task.neighbours.count * plan.weights_pitch;
+            const Terms<Real> terms = {rows + first, weights + first, last - first, table.pitch, next, ahead};
             sum_row(out, terms, table.channels, task.group, start, end);
         };
         sum_columns(0, count, 0, width);
-        int64_t first = 0, last = count; // of the readers that reach this far beyond the image
+        int64_t first = 0, last = count; // of the readers that reach so far, which are in order
         for (int64_t x = -lanes; x > -reach - lanes; x -= lanes) {
             while (last > 0 && columns[last - 1] >= x + lanes) last--;
             sum_columns(0, last, x, x + lanes);
@@ -674,27 +618,62 @@ template <typename Real> struct Worker {
         }
     }
 
-    // List the readers of row y from left to right, and copy their weights. Return how many there are.
-    int64_t find_readers(const Real *from, const Table &table, int64_t image, int64_t y) const
+    // List the readers of row y, those first that pass furthest to the left. Return how many rows of them there are.
+    int64_t find_readers(const Real *from, const Real *shifted, const Table &table, int64_t y) const
     {
-        const int64_t width = task.width, bottom = task.height - 1;
+        const int64_t bottom = task.height - 1;
         int64_t count = 0;
         for (int64_t i = 0; i < task.neighbours.count; i++) {
             const int64_t n = task.neighbours.by_dx[i], dx = task.neighbours.dx[n], row = y - task.neighbours.dy[n];
-            // The rows beyond the border read the border: in row y, the readers of all of them.
-            const int64_t first = y == 0 ? 0 : std::max<int64_t>(row, 0), last = y == bottom ? bottom : std::min(row, bottom);
+            // The rows at the top and at the bottom are also read in place of those beyond them.
+            const int64_t first = y == 0 ? 0 : std::max<int64_t>(row, 0);
+            const int64_t last = y == bottom ? bottom : std::min(row, bottom);
             for (int64_t p = first; p <= last; p++, count++) {
-                Real *shifted = weights + count * plan.weights_pitch, *start = shifted + plan.sides + dx;
-                std::fill(shifted, start, Real(0));
-                read_weights(start, task.weights, task.weights_type, weights_of(image, p, n), width);
-                std::fill(start + width, shifted + plan.weights_pitch, Real(0));
                 rows[count] = table.row(from, p) - dx;
+                weights[count] = shifted + (p * task.neighbours.count + n) * plan.weights_pitch + plan.sides;
                 columns[count] = dx;
             }
         }
         return count;
     }
 };
+
+template <typename Real> PropagationPlan<Real>::PropagationPlan(const Propagation &task, void *memory)
+{
+    const Units units{task};
+    int64_t work = 0, total = 0, most = 1;
+    for (int64_t b = 0; b < task.batch; b++) {
+        const int64_t chunks = units.chunks_of(b, sizeof(Real)), channels = units.channels_of(b);
+        total += chunks;
+        work += channels * task.height * task.width * task.neighbours.count;
+        if (chunks) most = std::max(most, divide_up(channels, chunks));
+    }
+    const int64_t reach = task.neighbours.reach, count = task.neighbours.count;
+    threads = limit_threads(task.threads, work, PROPAGATE_GRAIN);
+    sides = task.transposed ? round_up(reach, LANES<Real>) : 0;
+    table = make_table<Real>(most, task.height, task.width, reach, std::max(reach, sides));
+    table_size = most * task.height * table.pitch;
+    weights_pitch = std::max<int64_t>(task.width, LANES<Real>) + 2 * sides;
+    shifted_size = task.transposed ? task.height * count * weights_pitch : 0;
+    copied = !task.transposed && (task.weights_type != Types<Real>::type || task.width < LANES<Real>);
+    terms = task.transposed ? most_readers(task) : count;
+    const int64_t fitting = SLOTS_BYTES / ((table_size + shifted_size) * sizeof(Real));
+    slots = std::clamp<int64_t>(std::min(fitting, total), 1, std::min(MAX_SLOTS, threads));
+    Workspace workspace = {(uintptr_t)memory};
+    for (auto &table : tables) table = workspace.take<Real>(slots * table_size);
+    shifted = workspace.take<Real>(slots * shifted_size);
+    shared_bytes = workspace.used;
+    Worker<Real>(task, *this, workspace);
+    worker_bytes = workspace.used - shared_bytes;
+}
+
+template <typename Real>
+static void write_row(const Propagation &task, const Real *row, const Table &table, const Unit &unit, int64_t y)
+{
+    const int64_t plane = task.height * task.width;
+    Real *out = (Real *)task.out + (unit.image * task.channels + unit.channel) * plane + y * task.width;
+    for (int64_t c = 0; c < unit.channels; c++) std::copy_n(row + c * table.pitch, task.width, out + c * plane);
+}
 
 // Call work(slot, y) for this thread's share of the rows of all units: equal shares of channels x rows.
 template <typename Work>
@@ -705,49 +684,55 @@ static void share_rows(const Unit *units, int64_t count, int64_t height, int64_t
     const int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
     for (int64_t u = 0; u < count; u++) {
         const int64_t cost = units[u].channels + 1;
-        auto row_at = [&](int64_t position) { return std::clamp<int64_t>(divide_up(std::max<int64_t>(position - start, 0), cost), 0, height); };
+        auto row_at = [&](int64_t position) {
+            return std::min(divide_up(std::max<int64_t>(position - start, 0), cost), height);
+        };
+        // A row belongs to the thread in whose share it starts.
         for (int64_t y = row_at(begin); y < row_at(end); y++) work(u, y);
         start += cost * height;
     }
 }
 
-template <typename Real> static void propagate(const Propagation &task, void *memory)
+// What the threads do: the units, as many at once as there are slots; of those, every thread its share of the rows.
+template <typename Real>
+static void propagate_share(const Propagation &task, const PropagationPlan<Real> &plan, const Worker<Real> &worker,
+                            int64_t thread, int64_t threads)
 {
-    const auto plan = ::plan<Real>(task, memory);
-    in_parallel(plan.threads, [&](int64_t thread, int64_t threads) {
-        const Worker<Real> worker(task, plan, thread);
-        Units units{task};
-        Unit round[MAX_SLOTS];
-        const int64_t plane = task.height * task.width;
-        while (const int64_t count = units.next(round, plan.slots, sizeof(Real))) {
-            auto each_row = [&](auto work) {
-                share_rows(round, count, task.height, thread, threads, [&](int64_t slot, int64_t y) {
-                    Table table = plan.table;
-                    table.channels = round[slot].channels;
-                    work(round[slot], table, slot * plan.table_size, y);
-                });
-            };
-            each_row([&](const Unit &unit, const Table &table, int64_t offset, int64_t y) {
-                const Real *image = (const Real *)task.masks + unit.image * task.strides[0] + unit.channel * task.strides[1];
-                read_row(table.row(plan.tables[0] + offset, y), image, task.strides, y, table, task.transposed);
+    Units units{task};
+    Unit round[MAX_SLOTS];
+    while (const int64_t count = units.next(round, plan.slots, sizeof(Real))) {
+        auto each_row = [&](auto work) {
+            share_rows(round, count, task.height, thread, threads, [&](int64_t slot, int64_t y) {
+                Table table = plan.table;
+                table.channels = round[slot].channels;
+                work(round[slot], table, slot, y);
             });
             wait_for_all(threads);
-            for (int64_t t = 0; t < task.iterations; t++) {
-                const bool last = t == task.iterations - 1;
-                each_row([&](const Unit &unit, const Table &table, int64_t offset, int64_t y) {
-                    const Real *from = plan.tables[t % 2] + offset;
-                    Real *to = plan.tables[(t + 1) % 2] + offset;
-                    if (task.transposed)
-                        worker.propagate_transposed_row(to, from, table, unit.image, y);
-                    else
-                        worker.propagate_row(to, from, table, unit.image, y);
-                    Real *out = (Real *)task.out + (unit.image * task.channels + unit.channel) * plane + y * task.width;
-                    for (int64_t c = 0; last && c < unit.channels; c++)
-                        std::copy_n(table.row(to, y) + c * table.pitch, task.width, out + c * plane);
-                });
-                wait_for_all(threads);
-            }
-        }
+        };
+        each_row([&](const Unit &unit, const Table &table, int64_t slot, int64_t y) {
+            auto masks = (const Real *)task.masks + unit.image * task.strides[0] + unit.channel * task.strides[1];
+            read_row(table.row(plan.tables[0] + slot * plan.table_size, y), masks, task.strides, y, table, task.transposed);
+            if (task.transposed) worker.shift_weights(plan.shifted + slot * plan.shifted_size, unit.image, y);
+        });
+        for (int64_t t = 0; t < task.iterations; t++)
+            each_row([&](const Unit &unit, const Table &table, int64_t slot, int64_t y) {
+                const Real *from = plan.tables[t % 2] + slot * plan.table_size;
+                Real *to = plan.tables[(t + 1) % 2] + slot * plan.table_size;
+                if (task.transposed)
+                    worker.propagate_transposed_row(to, from, plan.shifted + slot * plan.shifted_size, table, y);
+                else
+                    worker.propagate_row(to, from, table, unit.image, y);
+                if (t == task.iterations - 1) write_row(task, table.row(to, y), table, unit, y);
+            });
+    }
+}
+
+template <typename Real> static void propagate(const Propagation &task, void *memory)
+{
+    const PropagationPlan<Real> plan(task, memory);
+    in_parallel(plan.threads, [&](int64_t thread, int64_t threads) {
+        Workspace own = {(uintptr_t)memory, plan.shared_bytes + thread * plan.worker_bytes};
+        propagate_share(task, plan, Worker<Real>(task, plan, own), thread, threads);
     });
 }
 
@@ -755,15 +740,13 @@ extern "C" {
 // The sizes of the structs, so that library.py can compare them with its own.
 extern const int64_t struct_sizes[] = {sizeof(Affinity), sizeof(Propagation)};
 
-int64_t affinity_float_workspace(const Affinity *task) { return AffinityPlan<float, float>(*task, nullptr).bytes(); }
-int64_t affinity_mixed_workspace(const Affinity *task) { return AffinityPlan<float, double>(*task, nullptr).bytes(); }
-int64_t affinity_double_workspace(const Affinity *task) { return AffinityPlan<double, double>(*task, nullptr).bytes(); }
-void affinity_float(const Affinity *task, void *workspace) { affinity<float, float>(*task, workspace); }
-void affinity_mixed(const Affinity *task, void *workspace) { affinity<float, double>(*task, workspace); }
-void affinity_double(const Affinity *task, void *workspace) { affinity<double, double>(*task, workspace); }
+int64_t affinity_float_workspace(const Affinity *task) { return AffinityPlan<float>(*task, nullptr).bytes(); }
+int64_t affinity_double_workspace(const Affinity *task) { return AffinityPlan<double>(*task, nullptr).bytes(); }
+void affinity_float(const Affinity *task, void *workspace) { affinity<float>(*task, workspace); }
+void affinity_double(const Affinity *task, void *workspace) { affinity<double>(*task, workspace); }
 
-int64_t propagate_float_workspace(const Propagation *task) { return plan<float>(*task, nullptr).bytes; }
-int64_t propagate_double_workspace(const Propagation *task) { return plan<double>(*task, nullptr).bytes; }
+int64_t propagate_float_workspace(const Propagation *task) { return PropagationPlan<float>(*task, nullptr).bytes(); }
+int64_t propagate_double_workspace(const Propagation *task) { return PropagationPlan<double>(*task, nullptr).bytes(); }
 void propagate_float(const Propagation *task, void *workspace) { propagate<float>(*task, workspace); }
 void propagate_double(const Propagation *task, void *workspace) { propagate<double>(*task, workspace); }
 }

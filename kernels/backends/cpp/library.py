@@ -89,7 +89,6 @@ class Propagation(ctypes.Structure):
 # Its functions, and what each takes beside a workspace. Their workspace's bytes are counted by `{name}_workspace`.
 FUNCTIONS = {
     "affinity_float": Affinity,
-    "affinity_mixed": Affinity,
     "affinity_double": Affinity,
     "propagate_float": Propagation,
     "propagate_double": Propagation,
