@@ -100,9 +100,14 @@ class Bench:
         """Return the size for the mode."""
         return {"smoke": smoke, "quick": quick, "full": full}[self.mode]
 
+    @property
+    def compiles(self) -> bool:
+        """Whether competitors are compiled: in the full run, where there is a compiler."""
+        return self.mode == "full" and (self.device.type != "cpu" or compiler() is not None)
+
     def compiled(self, competitors: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-        """Return competitors compiled by `torch.compile`: in the full run, where there is a compiler."""
-        if self.mode != "full" or (self.device.type == "cpu" and compiler() is None):
+        """Return competitors compiled by `torch.compile`, or none if nothing is compiled."""
+        if not self.compiles:
             return {}
         torch._dynamo.reset()
         return {name: torch.compile(function, dynamic=False) for name, function in competitors.items()}

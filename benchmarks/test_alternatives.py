@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.alternatives import interleaved_rows, shifted_views, sparse_matrix
-from benchmarks.measure import Bench, compiler
+from benchmarks.measure import Bench
 from wsseg_layers.kernels import pamr_affinity, pamr_propagate
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -23,7 +23,7 @@ def test_propagation(bench: Bench, classes: int) -> None:
     # Each backend reads the weights in the memory layout of its own affinity.
     affinity, eager = (pamr_affinity(image, DILATIONS, backend=backend) for backend in ("auto", "eager"))
     ways = {"shifted views": shifted_views, "sparse matrix": sparse_matrix}
-    if bench.mode == "full" and compiler():
+    if bench.compiles:
         ways["interleaved rows, compiled"] = interleaved_rows
     competitors = {
         "ours": partial(pamr_propagate, mask, affinity, DILATIONS, num_iter),
