@@ -156,7 +156,7 @@ def refine_pseudo_labels(
         boxes: integers, [B, 4]: top, bottom, left and right of the valid pixels of an image. All pixels outside are
             ignored.
         crop: crop images and CAMs to `boxes` before they are refined, so that nothing outside plays a part. Images are
-            refined one by one then, and `boxes` must be on the CPU.
+            refined one by one then, `boxes` must be on the CPU, and the call does not compile with `fullgraph=True`.
         align_corners: `align_corners` of the resizing in step 1 of the CAMs. It is False in all other resizing.
         ignore_index: label of ignored pixels.
         max_classes: upper bound on the classes of an image. On a GPU and under `torch.compile`, time and memory grow
