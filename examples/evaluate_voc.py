@@ -18,8 +18,8 @@ from voc.dataset.errors import DataError
 from voc.dataset.images import IGNORE, read_mask
 from voc.dataset.labels import find_labels
 from voc.dataset.layout import class_indices, find_masks, read_classes, read_split
-from voc.evaluation.metrics import class_metrics, confusion_matrix
-from voc.evaluation.tables import iou_table, method_table, save_iou_csv, save_method_csv
+from voc.evaluation.metrics import average_precision, class_metrics, confusion_matrix
+from voc.evaluation.tables import iou_table, load_scores, method_table, save_iou_csv, save_method_csv
 from voc.files.soft import choose_classes, load_soft
 from voc.files.whole import write_text_whole
 
@@ -53,9 +53,12 @@ class Arguments:
     """Remove classes that are not among the image's labels before a class is chosen for every pixel (Tables 2 and 9).
     This needs soft masks: a mask of class indices does not say which class is the second best."""
 
+    scores: Path | None = None
+    """File of `infer_voc.py --scores`: also print the average precision of the image-level classification."""
+
     labels: Path | None = None
-    """File of image-level labels for --clean, lines `id class class ...`. Default: Annotations/*.xml if there are
-    any, else the classes of the ground truth."""
+    """File of image-level labels for --clean and --scores, lines `id class class ...`. Default: Annotations/*.xml if
+    there are any, else the classes of the ground truth."""
 
     name: str | None = None
     """Name of the method in the table; default: the folder's name."""
@@ -88,9 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = arguments.table_classes or with_background
         rows = class_indices(shown, with_background, source="--table-classes")
         pairs = find_pairs(arguments, classes)
+        precision = None if arguments.scores is None else classification(arguments, arguments.scores, classes)
         arguments.output.mkdir(parents=True, exist_ok=True)
         confusion = compare_all(pairs, len(classes), arguments.workers)
-        report(arguments, with_background, rows, confusion, len(pairs))
+        report(arguments, with_background, rows, confusion, len(pairs), precision)
     except (ValueError, OSError) as error:  # DataError is a ValueError
         for line in str(error).splitlines():
             print(f"evaluate_voc.py: error: {line}", file=sys.stderr)
@@ -100,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_arguments(arguments: Arguments) -> None:
     """Refuse arguments without effect or out of range."""
-    if arguments.labels is not None and not arguments.clean:
-        raise ValueError("--labels is for --clean, which is not given")
+    if arguments.labels is not None and not arguments.clean and arguments.scores is None:
+        raise ValueError("--labels is for --clean and --scores, which are not given")
     if arguments.workers < 1:
         raise ValueError(f"--workers must be at least 1, got {arguments.workers}")
 
@@ -118,6 +122,14 @@ def find_pairs(arguments: Arguments, classes: Sequence[str]) -> list[Pair]:
         labels = find_labels(root, names, classes, arguments.labels, arguments.masks)
     predictions = [find_prediction(folder, name, arguments.clean) for name in names]
     return [Pair(*pair) for pair in zip(predictions, targets, labels, strict=True)]
+
+
+def classification(arguments: Arguments, scores: Path, classes: Sequence[str]) -> Tensor:
+    """Return the average precision per class, of the probabilities in a file against the image-level labels."""
+    names = read_split(arguments.data, arguments.split)
+    labels = find_labels(arguments.data, names, classes, arguments.labels, arguments.masks)
+    present = torch.tensor([[index in image for index in range(len(classes))] for image in labels])
+    return average_precision(load_scores(scores, classes, names), present)
 
 
 def find_prediction(folder: Path, name: str, clean: bool) -> Path:
@@ -191,21 +203,29 @@ def check_indices(path: Path, indices: NDArray[np.uint8], expected: str, num_cla
 
 
 def report(
-    arguments: Arguments, classes: Sequence[str], rows: Sequence[int], confusion: Tensor, num_images: int
+    arguments: Arguments,
+    classes: Sequence[str],
+    rows: Sequence[int],
+    confusion: Tensor,
+    num_images: int,
+    precision: Tensor | None,
 ) -> None:
-    """Print the two tables, and write them as Markdown and CSV."""
+    """Print the tables, and write them as Markdown and CSV; `precision` is the average precision per class."""
     metrics = class_metrics(confusion)
     methods = {arguments.name or arguments.predictions.resolve().name: metrics.iou}
     columns = {"IoU": metrics.iou, "precision": metrics.precision, "recall": metrics.recall}
     cleaned = ", classes removed that are not among an image's labels" if arguments.clean else ""
-    text = "\n\n".join(
-        [
-            f"IoU (%), {num_images} images of {arguments.split}{cleaned}",
-            method_table(classes, methods, rows),
-            "IoU, precision and recall (%)",
-            iou_table(classes, columns, rows),
-        ]
-    )
+    parts = [
+        f"IoU (%), {num_images} images of {arguments.split}{cleaned}",
+        method_table(classes, methods, rows),
+        "IoU, precision and recall (%)",
+        iou_table(classes, columns, rows),
+    ]
+    if precision is not None:
+        parts.append("Average precision (%) of the image-level classification")
+        parts.append(iou_table(classes[1:], {"AP": precision}, [row - 1 for row in rows if row]))
+        save_iou_csv(arguments.output / "average_precision.csv", classes[1:], {"AP": precision})
+    text = "\n\n".join(parts)
     print(text)
     write_text_whole(arguments.output / "evaluation.md", text + "\n")
     save_method_csv(arguments.output / "methods.csv", classes, methods, rows)

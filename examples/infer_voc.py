@@ -1,4 +1,7 @@
-"""Segment images with a trained network: `python examples/infer_voc.py CHECKPOINT INPUT [--output DIR]`."""
+"""Segment images with a trained network: `python examples/infer_voc.py CHECKPOINT INPUT [--output DIR]`.
+
+With a checkpoint of the authors: `python examples/infer_voc.py --released FILE --backbone wide_resnet38 INPUT`.
+"""
 
 import math
 import sys

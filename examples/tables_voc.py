@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table_2(arguments: Arguments, others: Sequence[str]) -> str:
-    """Table 2: IoU on the training and validation images, of classes among the image labels."""
+    """Table 2: IoU on the training and validation images, if only the classes of the image labels are kept."""
     lines = [["Method", "IoU (train, %)", "IoU (val, %)"]]
     splits = ("train", "val")
     for method in methods(arguments):
@@ -154,7 +154,7 @@ def table_8(arguments: Arguments, others: Sequence[str]) -> str:
 
 
 def table_9(arguments: Arguments, others: Sequence[str]) -> str:
-    """Table 9: IoU on the validation images, of classes among the image labels, for several backbones."""
+    """Table 9: IoU on the validation images for several backbones, if only the classes of the image labels are kept."""
     cells: dict[str, dict[str, float]] = {}
     for method in methods(arguments):
         folder = segment(arguments, method, "val", ["--clean", "--scales", *TABLE_9_SCALES, *others])
@@ -191,7 +191,7 @@ def trained_methods(run: Path) -> list[Method]:
 
 
 def kinds(crf: bool) -> list[tuple[str, str]]:
-    """Return the folders of masks that infer_voc.py writes, and what their names have in the table."""
+    """Return the folders of masks that infer_voc.py writes, each with the suffix of the method's name in the table."""
     return [("masks", ""), ("crf", " + CRF")][: 1 + crf]
 
 

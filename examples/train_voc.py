@@ -130,7 +130,7 @@ def train(state: TrainingState, data: TrainingData) -> None:
     while state.epoch <= settings.epochs:
         epoch = state.epoch
         train_epoch(state, model, optimizer, augmented, writer)
-        figures = measure(state, data, curve_set)
+        figures, per_class = measure(state, data, curve_set)
         state.end_epoch(figures)
         if writer is not None:
             print(
@@ -139,6 +139,9 @@ def train(state: TrainingState, data: TrainingData) -> None:
             )
             for name, figure in figures.items():
                 writer.add_scalar(name, figure, epoch)
+            for name, values in per_class.items():
+                for class_name, value in zip(state.classes, values.tolist(), strict=True):
+                    writer.add_scalar(f"{name}/{class_name}", value, epoch)
             pictures = draw(state.network, curve_set, replace(settings, scales=(1.0,)), accelerator.device, count=4)
             writer.add_figure("masks", overlay_figure(pictures.images, pictures.masks), epoch)
             writer.flush()
@@ -146,17 +149,21 @@ def train(state: TrainingState, data: TrainingData) -> None:
         writer.close()
 
 
-def measure(state: TrainingState, data: TrainingData, curve_set: VOCDataset) -> dict[str, float]:
-    """Return the figures of an epoch: of masks, classification, pseudo labels, and for the choice of the checkpoint."""
+def measure(
+    state: TrainingState, data: TrainingData, curve_set: VOCDataset
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Return the figures of an epoch, of masks, classification and pseudo labels; and those of every class [C]."""
     settings, device = state.settings, state.accelerator.device
     found = evaluate(state.network, curve_set, settings, device, state.group, scales=(1.0,), flip=False)
+    per_class = {"average precision": found.average_precision}
     figures = {"miou": max(map(mean_iou, found.iou.values())), "map": mean_iou(found.average_precision)}
-    if measures_pseudo_labels(state, data):
+    if measures_pseudo_labels(state, data) and state.epoch >= settings.classification_epochs:
         quality = evaluate_pseudo_labels(state.network, data.train_with_masks, settings, device, state.group)
+        per_class["pseudo label iou"] = quality.iou[1:]
         figures |= {"pseudo label miou": mean_iou(quality.iou), "pseudo label coverage": quality.coverage}
     if settings.checkpoint == "best" and (settings.model == "cam" or state.epoch > settings.classification_epochs):
         figures[HELD_OUT_LOSS] = held_out_loss(state, data.test)
-    return {name: figure for name, figure in figures.items() if math.isfinite(figure)}
+    return {name: figure for name, figure in figures.items() if math.isfinite(figure)}, per_class
 
 
 def measures_pseudo_labels(state: TrainingState, data: TrainingData) -> bool:

@@ -24,11 +24,10 @@ def labels_from_masks(image: Tensor, masks: Tensor, labels: Tensor, settings: Se
         Class indices, `IGNORE` at pixels without a pseudo label: [B, h, w] for the paper's loss, [B, H, W] for the
         published one.
     """
-    if settings.pamr_variant == "paper":
-        pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, "paper", resize="image")  # eq. 8 as printed
-    else:
-        pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, resize="image")
-    refined = pamr(image, masks)
+    pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, settings.pamr_variant, resize="image")
+    # Absent classes get no pseudo label: only the background and the classes of the image are refined.
+    present = torch.cat([torch.ones_like(labels[:, :1]), labels], dim=1) > 0
+    refined = pamr(image, masks, classes=present)
     if settings.loss == "published":
         return pseudo_labels(resize(refined, image.shape[-2:]), labels, background_required=True)
     return pseudo_labels(refined, labels)

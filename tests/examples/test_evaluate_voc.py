@@ -124,6 +124,45 @@ def test_clean_takes_labels_from_annotations_or_a_file(evaluate: Evaluate, root:
     assert recall == pytest.approx([75, 0, 0], abs=1e-4)
 
 
+def test_average_precision_of_scores(
+    evaluate: Evaluate, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = tmp_path / "scores.csv"
+    scores.write_text("image,cat,dog\nc,0.7,0.2\na,0.6,0.9\nb,0.1,0.3\nother,0,0\n")
+    assert evaluate("--scores", scores) == 0
+    # Masks: a has a cat, b a dog, c nothing. Cat is found at rank 2, dog at rank 2.
+    assert "| cat | 50.0 |\n| dog | 50.0 |\n| **mean of 2** | **50.0** |" in capsys.readouterr().out
+    (root / "labels.txt").write_text("a dog\nb dog\nc cat\n")
+    assert evaluate("--scores", scores, "--labels", root / "labels.txt") == 0
+    assert (tmp_path / "out/average_precision.csv").read_text().splitlines() == [
+        "class,AP",
+        "cat,100.0000",
+        "dog,100.0000",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read scores {path}"),
+        ("", "cannot read scores {path}"),
+        ("image,cat,dog\na,x,1\n", "cannot read scores {path}: could not convert"),
+        ("image,cat\na,1\n", "{path}: expected the columns image, cat, dog"),
+        ("image,cat,dog\na,1\n", "{path}: expected the columns image, cat, dog"),
+        ("image,cat,dog\na,1,0\n", "{path}: no line for image 'b' (2 such images)"),
+    ],
+)
+def test_wrong_scores(
+    content: str | None, message: str, evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "scores.csv"
+    if content is not None:
+        path.write_text(content)
+    assert evaluate("--scores", path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"evaluate_voc.py: error: {message.format(path=path)}")
+
+
 def test_soft_masks_stand_in_for_masks(evaluate: Evaluate, tmp_path: Path) -> None:
     save_soft_masks(tmp_path / "masks")
     for name in PREDICTIONS:
@@ -260,7 +299,7 @@ def test_all_wrong_files_are_named(
     [
         (["--split", "test"], "split not found"),
         (["--masks", "nowhere"], "no masks: looked for a folder nowhere"),
-        (["--labels", "labels.txt"], "--labels is for --clean, which is not given"),
+        (["--labels", "labels.txt"], "--labels is for --clean and --scores, which are not given"),
         (["--clean", "--labels", "nowhere.txt"], "labels file not found: nowhere.txt"),
         (["--table-classes", "cow"], "--table-classes: unknown class 'cow'; known: background, cat, dog"),
         (["--workers", "0"], "--workers must be at least 1, got 0"),

@@ -51,7 +51,7 @@ class Backbone(nn.Module, ABC):
 def normalise(image: Tensor, backbone: Backbone) -> Tensor:
     """Bring an image [B, 3, H, W] in [0, 1] to the statistics with which the backbone was trained.
 
-    The result is channels-last: convolutions are up to twice as fast so, on a CPU too.
+    The result is channels-last: convolutions are then up to twice as fast, on a CPU too.
     """
     mean, std = image.new_tensor(backbone.mean), image.new_tensor(backbone.std)
     return ((image - mean[:, None, None]) / std[:, None, None]).contiguous(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..dataset.errors import DataError
 from ..dataset.layout import VOC_CLASSES
 from ..files.whole import write_csv_whole
 from .metrics import mean_iou
@@ -92,3 +93,19 @@ def load_iou_csv(path: Path) -> tuple[tuple[str, ...], dict[str, Tensor]]:
         for i, name in enumerate(header[1:], start=1)
     }
     return tuple(line[0] for line in lines), columns
+
+
+def load_scores(path: Path, classes: Sequence[str], names: Sequence[str]) -> Tensor:
+    """Return the probabilities [N, C] of the images `names` in the file of `infer_voc.py --scores`."""
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            header, *lines = csv.reader(file)
+        scores = {line[0]: [float(cell) for cell in line[1:]] for line in lines}
+    except (OSError, ValueError, IndexError) as error:
+        raise DataError(f"cannot read scores {path}: {error}") from error
+    if header != ["image", *classes] or any(len(row) != len(classes) for row in scores.values()):
+        raise DataError(f"{path}: expected the columns image, {', '.join(classes)}")
+    missing = [name for name in names if name not in scores]
+    if missing:
+        raise DataError(f"{path}: no line for image {missing[0]!r} ({len(missing)} such images)")
+    return torch.tensor([scores[name] for name in names], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Seeds."""
+"""Seeds of the random number generators."""
 
 import random
 
