@@ -60,6 +60,7 @@ class PowerBackground:
 Score = float | Tensor | PowerBackground
 Background = Score | tuple[Score, Score]
 Discard = Literal["classes", "all", "none"]
+DISCARDS = get_args(Discard)  # not in the function: old torch.compile cannot trace get_args
 
 
 def cam_to_label(
@@ -388,7 +389,7 @@ def threshold_pseudo_labels(
     _check_labels(labels, ("masks", masks), masks.shape[1] - 1)
     for name, number in (("foreground", foreground), ("background", background), ("floor", floor)):
         check_not_negative(name, number)
-    check_choice("discard", discard, get_args(Discard))
+    check_choice("discard", discard, DISCARDS)
     _check_ignore_index(ignore_index, labels)
     index, counts = _present(labels, max_classes)
     channels = F.pad(index + 1, (1, 0))  # [B, 1 + M], background first
@@ -617,7 +618,7 @@ def _check_settings(
     max_classes: int | None,
 ) -> None:
     """Check what can be checked without a batch."""
-    if refine is not None and not isinstance(refine, PAMR | PAR):
+    if refine is not None and not isinstance(refine, (PAMR, PAR)):
         raise TypeError(f"refine must be a PAMR, a PAR or None, got {type(refine).__name__}")
     for name, flag in (("softmax", softmax), ("crop", crop), ("align_corners", align_corners)):
         check_flag(name, flag)
@@ -667,7 +668,7 @@ def _split_background(background: Background) -> tuple[Score, ...]:
     scores = background if isinstance(background, tuple) else (background,)
     if len(scores) not in (1, 2):
         raise ValueError(f"background must be a score or a pair (high, low), got {len(scores)} scores")
-    numbers = [score for score in scores if not isinstance(score, Tensor | PowerBackground)]
+    numbers = [score for score in scores if not isinstance(score, (Tensor, PowerBackground))]
     for number in numbers:
         check_real("background", number)
     if len(numbers) == 2 and numbers[0] < numbers[1]:
