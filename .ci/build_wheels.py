@@ -7,6 +7,7 @@ Debian and Ubuntu: `apt-get install g++-x86-64-linux-gnu g++-aarch64-linux-gnu`.
 
 import argparse
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -65,14 +66,16 @@ def add_library(pure: Path, machine: str, output: Path) -> None:
         metadata.write_text(text.replace("Tag: py3-none-any", f"Tag: py3-none-linux_{machine}"))
         run(sys.executable, "-m", "wheel", "pack", str(unpacked), "--dest-dir", folder)
         (packed,) = Path(folder).glob("*.whl")
+        # auditwheel takes the tags of this machine only. The oldest tag of aarch64 is PLATFORM, so "auto" gives it.
+        own = machine == platform.machine()
         run(
             *(sys.executable, "-m", "auditwheel", "repair", "--exclude", "libtorch_cpu.so"),
-            *("--wheel-dir", folder, str(packed)),
+            *("--plat", f"{PLATFORM}_{machine}" if own else "auto", "--only-plat", "--wheel-dir", folder, str(packed)),
         )
         packed.unlink()
         (repaired,) = Path(folder).glob("*.whl")
         if f"{PLATFORM}_{machine}" not in repaired.name:
-            sys.exit(f"the library needs a newer system than {PLATFORM}: {repaired.name}")
+            sys.exit(f"the library needs another system than {PLATFORM}: {repaired.name}")
         shutil.move(repaired, output / repaired.name)
 
 

@@ -2,7 +2,7 @@
 //
 // An argument is a tag and its content: 'i' an integer of 8 bytes; 'b' the size and the bytes of a buffer; 's' the
 // number of fields of a struct and its fields, which are again arguments, of 8 bytes each. All buffers are written
-// back after the call.
+// back after the call, behind what the function returns.
 
 #include <cstdint>
 #include <cstdio>
@@ -38,11 +38,12 @@ int main(int, char **argv)
 {
     void *library = dlopen(argv[1], RTLD_NOW);
     if (!library) return fprintf(stderr, "%s\n", dlerror()), 1;
-    using Function = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+    using Function = int64_t (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
     auto function = (Function)dlsym(library, argv[2]);
     int64_t arguments[8] = {}, count = 0; // as many as registers hold: the function takes those that it has
     for (int tag; (tag = getchar()) != EOF;) arguments[count++] = read_argument(tag);
-    function(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5], arguments[6],
-             arguments[7]);
+    const int64_t returned = function(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4],
+                                      arguments[5], arguments[6], arguments[7]);
+    fwrite(&returned, sizeof returned, 1, stdout); // of no meaning where the function returns nothing
     for (const auto &buffer : buffers) fwrite(buffer.data(), 1, buffer.size(), stdout);
 }

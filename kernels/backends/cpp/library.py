@@ -20,35 +20,85 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-OPTIONS = ("-std=c++17", "-O3", "-fPIC")
+OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC")
 # What is tried in this order: the file's name, and the options that it needs.
 BUILDS = {"kernels.so": ("-shared", "-fopenmp"), "kernels-serial.so": ("-shared",)}
-# What kernels.cpp computes in, and how its functions are called for it.
-REALS = {torch.float32: "float", torch.float64: "double"}
 # Options per set of instructions, by PyTorch's name for what the processor has. Any other name means the baseline.
 INSTRUCTIONS = {"DEFAULT": (), "AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f")}
 
 
-class Map(ctypes.Structure):
-    """The sizes of a map, as kernels.cpp stores it."""
-
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("channels", "height", "width", "reach", "pitch"))
-
-
 class Neighbours(ctypes.Structure):
-    """The offsets of a pixel's neighbours."""
+    """Where the neighbours of a pixel are."""
 
-    _fields_ = (("count", ctypes.c_int64), *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("dy", "dx")))
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("reach", ctypes.c_int64),
+        ("dy", ctypes.POINTER(ctypes.c_int64)),
+        ("dx", ctypes.POINTER(ctypes.c_int64)),
+        ("by_dx", ctypes.POINTER(ctypes.c_int64)),
+    )
 
 
 class Variant(ctypes.Structure):
     """The numbers of a variant of the affinity."""
 
     _fields_ = (
-        *((name, ctypes.c_double) for name in ("guard", "weight", "samples")),
-        *((name, ctypes.c_int64) for name in ("sigma_power", "power")),
+        ("guard", ctypes.c_double),
+        ("weight", ctypes.c_double),
+        ("samples", ctypes.c_double),
+        ("sigma_power", ctypes.c_int64),
+        ("power", ctypes.c_int64),
         ("position", ctypes.POINTER(ctypes.c_double)),
     )
+
+
+class Affinity(ctypes.Structure):
+    """The arguments of `affinity_*`."""
+
+    _fields_ = (
+        ("image", ctypes.c_void_p),
+        ("strides", ctypes.c_int64 * 4),
+        ("batch", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("neighbours", Neighbours),
+        ("variant", Variant),
+        ("threads", ctypes.c_int64),
+    )
+
+
+class Propagation(ctypes.Structure):
+    """The arguments of `propagate_*`."""
+
+    _fields_ = (
+        ("masks", ctypes.c_void_p),
+        ("strides", ctypes.c_int64 * 4),
+        ("batch", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("weights_type", ctypes.c_int64),
+        ("neighbours", Neighbours),
+        ("iterations", ctypes.c_int64),
+        ("transposed", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("chunk_bytes", ctypes.c_int64),
+    )
+
+
+# Its functions, and what each takes beside a workspace. Their workspace's bytes are counted by `{name}_workspace`.
+FUNCTIONS = {
+    "affinity_float": Affinity,
+    "affinity_double": Affinity,
+    "propagate_float": Propagation,
+    "propagate_double": Propagation,
+}
 
 
 def load() -> ctypes.CDLL | None:
@@ -88,18 +138,25 @@ def _find() -> tuple[ctypes.CDLL | None, str | None]:
 
 def _open(file: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(file))
-    for real in REALS.values():
-        affinity, propagate = getattr(library, f"affinity_{real}"), getattr(library, f"propagate_{real}")
-        size, neighbours = ctypes.POINTER(Map), ctypes.POINTER(Neighbours)
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        affinity.argtypes = (pointer, pointer, size, neighbours, ctypes.POINTER(Variant), number)
-        propagate.argtypes = (pointer, pointer, pointer, size, neighbours, number, number)
-        affinity.restype = propagate.restype = None
+    _check_structs(library)
+    for name, struct in FUNCTIONS.items():
+        function, workspace = getattr(library, name), getattr(library, f"{name}_workspace")
+        function.argtypes, function.restype = (ctypes.POINTER(struct), ctypes.c_void_p), None
+        workspace.argtypes, workspace.restype = (ctypes.POINTER(struct),), ctypes.c_int64
     if file.name.endswith("-serial.so"):
         warnings.warn(
             f"PAMR and PAR run on one thread: the compiler has no OpenMP; when it has, remove {file}", stacklevel=2
         )
     return library
+
+
+def _check_structs(library: ctypes.CDLL) -> None:
+    """Refuse a library whose structs are not those above: it was made from another version of kernels.cpp."""
+    structs = (Affinity, Propagation)
+    expected = [ctypes.sizeof(struct) for struct in structs]
+    actual = list((ctypes.c_int64 * len(structs)).in_dll(library, "struct_sizes"))
+    if actual != expected:
+        raise OSError(f"the compiled library is of another version: its structs have {actual} bytes, not {expected}")
 
 
 def _load_or_compile(command: list[str]) -> ctypes.CDLL:
