@@ -356,6 +356,8 @@ def test_one_class_and_an_empty_batch() -> None:
     assert set(refine_pseudo_labels(images, cams, labels, PAR()).unique().tolist()) <= {0, 1, IGNORE}
     empty = PseudoLabels(PAR()).labels_and_maps(images[:0], cams[:0], labels[:0])
     assert [tuple(result.shape) for result in empty] == [(0, 8, 8), (0, 2, 2, 8, 8)]
+    cropped = refine_pseudo_labels(images[:0], cams[:0], labels[:0], PAR(), boxes=torch.zeros(0, 4).long(), crop=True)
+    assert cropped.shape == (0, 8, 8)
     assert threshold_pseudo_labels(torch.rand(0, 2, 8, 8), labels[:0]).shape == (0, 8, 8)
     assert cam_to_label(cams[:0], labels[:0]).shape == (0, 8, 8)
 
@@ -637,6 +639,24 @@ ARGUMENTS: dict[str, Any] = {
 def test_exception(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         refine_pseudo_labels(**{**ARGUMENTS, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"refine": torch.nn.Identity()}, TypeError, "refine must be a PAMR, a PAR or None, got Identity"),
+        ({"background": (0.2, 0.7)}, ValueError, r"background must be a pair \(high, low\), got \[0.2, 0.7\]"),
+        ({"softmax": None}, TypeError, "softmax must be True or False, got None"),
+        ({"down_scale": 0}, ValueError, "down_scale must be at least 1, got 0"),
+        ({"crop": 1}, TypeError, "crop must be True or False, got 1"),
+        ({"align_corners": "no"}, TypeError, "align_corners must be True or False, got 'no'"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
+        ({"max_classes": 0}, ValueError, "max_classes must be at least 1, got 0"),
+    ],
+)
+def test_exception_of_the_constructor(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        PseudoLabels(**{"refine": None, **arguments})
 
 
 @pytest.mark.parametrize(

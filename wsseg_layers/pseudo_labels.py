@@ -60,6 +60,7 @@ class PowerBackground:
 Score = float | Tensor | PowerBackground
 Background = Score | tuple[Score, Score]
 Discard = Literal["classes", "all", "none"]
+DISCARDS = get_args(Discard)  # not in the function: old torch.compile cannot trace get_args
 
 
 def cam_to_label(
@@ -156,7 +157,7 @@ def refine_pseudo_labels(
         boxes: integers, [B, 4]: top, bottom, left and right of the valid pixels of an image. All pixels outside are
             ignored.
         crop: crop images and CAMs to `boxes` before they are refined, so that nothing outside plays a part. Images are
-            refined one by one then, and `boxes` must be on the CPU.
+            refined one by one then, `boxes` must be on the CPU, and the call does not compile with `fullgraph=True`.
         align_corners: `align_corners` of the resizing in step 1 of the CAMs. It is False in all other resizing.
         ignore_index: label of ignored pixels.
         max_classes: upper bound on the classes of an image. On a GPU and under `torch.compile`, time and memory grow
@@ -220,11 +221,7 @@ def _labels_and_maps(
     views = _check_cams(cams, labels, background_first=background is None)
     check_same_device(("images", images), ("cams", cams))
     check_same_batch(("images", images), ("cams", cams))
-    if refine is not None and not isinstance(refine, PAMR | PAR):
-        raise TypeError(f"refine must be a PAMR, a PAR or None, got {type(refine).__name__}")
-    for name, flag in (("softmax", softmax), ("crop", crop), ("align_corners", align_corners)):
-        check_flag(name, flag)
-    check_count("down_scale", down_scale, minimum=1)
+    _check_settings(refine, background, softmax, down_scale, crop, align_corners, ignore_index, max_classes)
     _check_ignore_index(ignore_index, labels)
     views = views if with_maps else views.detach()
     if background is None:
@@ -236,7 +233,7 @@ def _labels_and_maps(
     classes = _take(views, index + 1 if background is None else index)  # [B, M, V, h, w]
     steps = partial(_refine, refine=refine, softmax=softmax, down_scale=down_scale, align_corners=align_corners)
     num_classes = labels.shape[1] if with_maps else None
-    if boxes is None or not crop:
+    if boxes is None or not crop or len(images) == 0:
         chosen, soft = _refine_and_choose(images, classes, scores, index, counts, steps, num_classes)
     else:
         outputs = []
@@ -245,7 +242,7 @@ def _labels_and_maps(
             own_scores = [score[one] if isinstance(score, Tensor) else score for score in scores]
             own = (images[one], classes[one, :count], own_scores, index[one, :count], counts[one])
             outputs.append(_in_box(*own, steps, num_classes, box, ignore_index))
-        chosen = torch.cat([labels for labels, _ in outputs])
+        chosen = torch.cat([own_labels for own_labels, _ in outputs])
         soft = torch.cat([maps for _, maps in outputs if maps is not None]) if with_maps else None
     result = _finish(chosen.unflatten(1, (-1, len(scores))), inside, ignore_index)
     result = result if cams.ndim == 5 else result[:, 0]
@@ -291,6 +288,7 @@ class PseudoLabels(nn.Module):
         max_classes: int | None = None,
     ) -> None:
         super().__init__()
+        _check_settings(refine, background, softmax, down_scale, crop, align_corners, ignore_index, max_classes)
         self.refine = refine
         self.background = background
         self.softmax = softmax
@@ -391,7 +389,7 @@ def threshold_pseudo_labels(
     _check_labels(labels, ("masks", masks), masks.shape[1] - 1)
     for name, number in (("foreground", foreground), ("background", background), ("floor", floor)):
         check_not_negative(name, number)
-    check_choice("discard", discard, get_args(Discard))
+    check_choice("discard", discard, DISCARDS)
     _check_ignore_index(ignore_index, labels)
     index, counts = _present(labels, max_classes)
     channels = F.pad(index + 1, (1, 0))  # [B, 1 + M], background first
@@ -609,6 +607,29 @@ def _valid(index: Tensor, counts: Tensor) -> Tensor:
     return torch.arange(index.shape[1], device=index.device) < counts[:, None]
 
 
+def _check_settings(
+    refine: PAMR | PAR | None,
+    background: Background | None,
+    softmax: bool,
+    down_scale: int,
+    crop: bool,
+    align_corners: bool,
+    ignore_index: int,
+    max_classes: int | None,
+) -> None:
+    """Check what can be checked without a batch."""
+    if refine is not None and not isinstance(refine, (PAMR, PAR)):
+        raise TypeError(f"refine must be a PAMR, a PAR or None, got {type(refine).__name__}")
+    for name, flag in (("softmax", softmax), ("crop", crop), ("align_corners", align_corners)):
+        check_flag(name, flag)
+    check_count("down_scale", down_scale, minimum=1)
+    check_integer("ignore_index", ignore_index)
+    if max_classes is not None:
+        check_count("max_classes", max_classes, minimum=1)
+    if background is not None:
+        _split_background(background)
+
+
 def _check_cams(cams: Tensor, labels: Tensor, background_first: bool) -> Tensor:
     """Check CAMs [B, C, h, w] or [B, V, C, h, w] and labels [B, C]; return the CAMs as [B, V, C, h, w]."""
     check_floating("cams", cams)
@@ -639,15 +660,20 @@ def _check_labels(labels: Tensor, named_maps: tuple[str, Tensor], num_classes: i
 
 def _check_background(background: Background, cams: Tensor) -> tuple[Score, ...]:
     """Return one score, or a high and a low one; a tensor as [B, 1, 1, h, w]."""
+    return tuple(_check_score(score, cams) for score in _split_background(background))
+
+
+def _split_background(background: Background) -> tuple[Score, ...]:
+    """Return one score, or a high and a low one."""
     scores = background if isinstance(background, tuple) else (background,)
     if len(scores) not in (1, 2):
         raise ValueError(f"background must be a score or a pair (high, low), got {len(scores)} scores")
-    numbers = [score for score in scores if not isinstance(score, Tensor | PowerBackground)]
+    numbers = [score for score in scores if not isinstance(score, (Tensor, PowerBackground))]
     for number in numbers:
         check_real("background", number)
     if len(numbers) == 2 and numbers[0] < numbers[1]:
         raise ValueError(f"background must be a pair (high, low), got {numbers}")
-    return tuple(_check_score(score, cams) for score in scores)
+    return scores
 
 
 def _check_score(score: Score, cams: Tensor) -> Score:
