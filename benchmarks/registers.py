@@ -41,7 +41,7 @@ class Usage(NamedTuple):
 
 def compile_affinity(variant: str, target: GPUTarget) -> Any:
     """Compile the affinity of images in fp32."""
-    constants = affinities.launch_config(DILATIONS, VARIANTS[variant])
+    constants: dict[str, Any] = affinities.launch_config(DILATIONS, VARIANTS[variant])
     pointers = {"image_ptr": "*fp32", "out_ptr": "*fp32", "dilations_ptr": "*i32", "position_ptr": "*fp32"}
     if VARIANTS[variant].position_weight == 0:
         constants["position_ptr"] = None
@@ -54,7 +54,7 @@ def compile_propagation(
 ) -> Any:
     """Compile an iteration for masks of `channels` channels. Ragged: every image has its own number of channels."""
     kernel = propagation.transposed_kernel if transposed else propagation.propagate_kernel
-    constants = propagation.launch_config(channels, ITEMSIZES[dtype], target.warp_size)
+    constants: dict[str, Any] = {**propagation.launch_config(channels, ITEMSIZES[dtype], target.warp_size)}
     constants |= {"DTYPE": tl.float64 if dtype == "fp64" else tl.float32}
     pointers = {"rows_ptr": f"*{dtype}", "affinity_ptr": "*fp32", "out_ptr": f"*{dtype}", "dilations_ptr": "*i32"}
     if ragged:
