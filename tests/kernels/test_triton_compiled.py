@@ -8,16 +8,19 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 from benchmarks import registers  # noqa: E402
 from benchmarks.registers import TARGETS  # noqa: E402
 from wsseg_layers.kernels import VARIANTS  # noqa: E402
-from wsseg_layers.kernels.backends.triton import propagation  # noqa: E402
+from wsseg_layers.kernels.backends import triton as backend  # noqa: E402
+from wsseg_layers.kernels.backends.triton import affinities, propagation  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
@@ -76,6 +79,55 @@ def test_exchanges_are_found_where_there_are_some() -> None:
     # The affinity reduces over neighbours of several threads, channel by channel.
     for target in TARGETS.values():
         assert registers.exchanges_in_loops(registers.compile_affinity("pamr", target)) > 0
+
+
+class CompilingDriver:
+    """A driver for launches that bind their arguments and compile, but do not run: no GPU is needed."""
+
+    DEVICE = 99  # no device of this machine, whose kernels stay as they are
+
+    def get_current_target(self) -> Any:
+        return TARGETS["sm_80"]
+
+    def get_current_device(self) -> int:
+        return self.DEVICE
+
+    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
+        return 0
+
+
+@pytest.fixture
+def compiles_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], int]]:
+    """Make all launches compile only, and return a function that counts how often a kernel was compiled."""
+    kernels = (affinities.affinity_kernel, propagation.propagate_kernel, propagation.transposed_kernel)
+    if not all(hasattr(kernel, "device_caches") for kernel in kernels):
+        pytest.skip("the interpreter compiles nothing, and other versions of Triton keep other caches")
+    run = type(kernels[0]).run
+    monkeypatch.setattr(type(kernels[0]), "run", lambda *args, **kwargs: run(*args, **{**kwargs, "warmup": True}))
+    monkeypatch.setattr(propagation, "warp_size", lambda _: 32)
+    active = triton.runtime.driver.active if torch.cuda.is_available() else None
+    triton.runtime.driver.set_active(CompilingDriver())
+    yield lambda kernel: len(kernel.device_caches[CompilingDriver.DEVICE][0])
+    triton.runtime.driver.set_active(active)
+    for kernel in kernels:
+        kernel.device_caches.pop(CompilingDriver.DEVICE, None)
+
+
+def test_one_compilation_serves_all_sizes(compiles_only: Callable[[Any], int]) -> None:
+    # Of 1 and of multiples of 16 Triton makes constants by default.
+    for shape in ((2, 21, 9, 7), (1, 21, 1, 1), (1, 22, 16, 32), (3, 60, 30, 2)):
+        mask, image = torch.rand(shape), torch.rand(shape[0], 3, *shape[2:])
+        for dilations in ([1, 2], [3, 24]):
+            affinity = backend.empty_affinity(image, 8 * len(dilations))
+            backend.affinity(image, dilations, VARIANTS["par"], affinity)
+            backend.propagate(mask, affinity, dilations, 1)
+            backend.propagate_transposed(mask, affinity, dilations, 1)
+    affinity = backend.empty_affinity(image, 24)
+    backend.propagate(mask, affinity, [1, 2, 1000], 1)
+    for kernel in (affinities.affinity_kernel, propagation.propagate_kernel, propagation.transposed_kernel):
+        assert compiles_only(kernel) == 1
+    backend.propagate(mask, affinity, [1, 2, 4], 1, torch.tensor([1, 2, 3]))
+    assert compiles_only(propagation.propagate_kernel) == 2
 
 
 @pytest.mark.skipif(not FOLDER, reason="WSSEG_TRITONS names no folder of other Tritons")

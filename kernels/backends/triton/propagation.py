@@ -20,7 +20,7 @@ from ...neighbourhood import within
 from .launch import on_device, warp_size
 
 
-@triton.jit(do_not_specialize=["num_dilations", "reach", "vectors", "height", "width"])
+@triton.jit(do_not_specialize=["num_dilations", "vectors", "height", "width"])
 def propagate_kernel(
     rows_ptr,
     affinity_ptr,
@@ -198,8 +198,9 @@ def _iterate(
     affinity = affinity.contiguous()
     near = within(dilations, height, width)
     table = on_device(tuple(near), torch.int32, mask.device)
-    sizes = {"num_dilations": len(near), "reach": max(near), "vectors": vectors, "height": height, "width": width}
+    sizes = {"num_dilations": len(near), "vectors": vectors, "height": height, "width": width}
     if kernel is transposed_kernel:
+        sizes["reach"] = max(near)
         ends = min(width, 2)
         blocks = height * (ends + triton.cdiv(width - ends, config["BLOCK_P"]))
     else:
