@@ -152,7 +152,7 @@ def power_of_sigma(variance, SIGMA_POWER: tl.constexpr):
 
 
 def launch_config(num_dilations: int, variant: Variant) -> dict[str, Any]:
-    """Return the constants: 8 values of the tile per thread for 6 dilations, the pixels of a row in neighbouring lanes."""
+    """Return the constants: for 6 dilations 8 values of the tile per thread, pixels of a row in neighbouring lanes."""
     block_n = triton.next_power_of_2(8 * num_dilations)
     return {
         "NUM_DILATIONS": num_dilations,

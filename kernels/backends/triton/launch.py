@@ -1,11 +1,30 @@
-"""What the launches of all kernels need: small tables of numbers on the device, and the width of a warp."""
+"""What the launches of all kernels need: a probe, small tables of numbers on the device, and the width of a warp."""
+
+# mypy: allow-untyped-defs
+# Arguments of a jit function have the types that its launch gives them.
 
 import functools
 import os
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def probe_kernel(out_ptr):
+    """Store 1."""
+    tl.store(out_ptr, 1)
+
+
+def probe(device: torch.device) -> None:
+    """Compile and run a small kernel, and raise what goes wrong."""
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    with torch.cuda.device_of(out):
+        probe_kernel[(1,)](out)
+    if out.item() != 1:
+        raise RuntimeError("a kernel that stores a number did not store it")
 
 
 def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ from ...neighbourhood import within
 from .launch import on_device, warp_size
 
 
-@triton.jit(do_not_specialize=["num_dilations", "reach", "vectors", "height", "width"])
+@triton.jit(do_not_specialize=["num_dilations", "vectors", "height", "width"])
 def propagate_kernel(
     rows_ptr,
     affinity_ptr,
@@ -113,7 +113,7 @@ def transposed_kernel(
     first_channel = (tl.program_id(0) % channel_blocks) * BLOCK_C
     channel = first_channel + tl.arange(0, BLOCK_C)
     count = channels if counts_ptr is None else tl.load(counts_ptr + batch).to(tl.int32)
-    steps = tl.where(first_channel < count, num_dilations, 0)
+    steps = tl.where(first_channel < count, 3 * num_dilations, 0)
 
     is_end = part < ends
     x = tl.where(is_end, part * (width - 1), 1 + (part - ends) * BLOCK_P + lane)
@@ -123,10 +123,11 @@ def transposed_kernel(
     pixels = height * width
     rows_ptr += batch * pixels * channels + channel[None, :]
     affinity_ptr += batch * num_dilations * 8 * pixels
+    is_channel = (channel < channels)[None, :]
     total = tl.zeros([BLOCK_P, BLOCK_C], DTYPE)
     for start in range(0, columns, BLOCK_P):  # once, unless the largest dilation exceeds BLOCK_P
         reader = first_column + start + lane
-        for i in range(3 * steps):
+        for i in range(steps):
             dilation = tl.load(dilations_ptr + i // 3)
             dy = i % 3 - 1
             down = dy * dilation
@@ -145,16 +146,17 @@ def transposed_kernel(
                     weight = tl.load(affinity_ptr + n.to(tl.int64) * pixels + pixel, mask=is_reader, other=0.0)
                     value = tl.load(
                         rows_ptr + (pixel.to(tl.int64) * channels)[:, None],
-                        mask=is_reader[:, None] & (channel < channels)[None, :],
+                        mask=is_reader[:, None] & is_channel,
                         other=0.0,
                     )
                     total += weight.to(DTYPE)[:, None] * value.to(DTYPE)  # eq. 7, transposed
     if is_end:
         total = tl.where(lane[:, None] == 0, tl.sum(total, axis=0)[None, :], 0.0)
-    total = tl.where(channel[None, :] < count, total, 0.0)
+    if counts_ptr is not None:
+        total = tl.where(channel[None, :] < tl.load(counts_ptr + batch), total, 0.0)
     is_target = tl.where(is_end, lane, x) < tl.where(is_end, 1, width - 1)
     out_ptr += ((batch * height + y) * width + x)[:, None] * channels + channel[None, :]
-    tl.store(out_ptr, total.to(out_ptr.dtype.element_ty), mask=is_target[:, None] & (channel < channels)[None, :])
+    tl.store(out_ptr, total.to(out_ptr.dtype.element_ty), mask=is_target[:, None] & is_channel)
 
 
 def launch_config(channels: int, itemsize: int, warp_size: int) -> dict[str, int]:
@@ -196,8 +198,9 @@ def _iterate(
     affinity = affinity.contiguous()
     near = within(dilations, height, width)
     table = on_device(tuple(near), torch.int32, mask.device)
-    sizes = {"num_dilations": len(near), "reach": max(near), "vectors": vectors, "height": height, "width": width}
+    sizes = {"num_dilations": len(near), "vectors": vectors, "height": height, "width": width}
     if kernel is transposed_kernel:
+        sizes["reach"] = max(near)
         ends = min(width, 2)
         blocks = height * (ends + triton.cdiv(width - ends, config["BLOCK_P"]))
     else:
