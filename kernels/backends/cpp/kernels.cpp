@@ -520,12 +520,14 @@ static void sum_row(Real *out, const Terms<Real> &terms, int64_t channels, int64
     for (int64_t g = 0; g < groups; g++) {
         const int64_t channel = channels * g / groups, size = channels * (g + 1) / groups - channel;
         const int64_t vectors = most_vectors(size);
-        const Sum<Real> whole = find_sum<Real>(size, vectors);
-        int64_t x = start;
-        for (; x + vectors * lanes <= end; x += vectors * lanes) whole(out, terms, channel, x);
-        if (x < end) { // what remains overlaps what is done, unless there are fewer columns than a register's
-            const int64_t rest = divide_up(end - x, lanes);
-            find_sum<Real>(size, rest)(out, terms, channel, std::max(start, end - rest * lanes));
+        const Sum<Real> most = find_sum<Real>(size, vectors);
+        for (int64_t x = start; x < end;) {
+            // What remains in the end overlaps what is done, unless there are fewer columns than a register's.
+            const int64_t rest = x > start ? divide_up(end - x, lanes) : (end - x) / lanes;
+            const int64_t registers = std::clamp<int64_t>(rest, 1, vectors);
+            x = std::max(start, std::min(x, end - registers * lanes));
+            (registers == vectors ? most : find_sum<Real>(size, registers))(out, terms, channel, x);
+            x += registers * lanes;
         }
     }
 }
