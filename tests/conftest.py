@@ -7,7 +7,7 @@ from hypothesis import settings
 
 # Reproducible and without a clock, so that no test fails because the machine is busy.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=30)
-settings.register_profile("ci", deadline=None, max_examples=150)
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=150)
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
