@@ -18,7 +18,7 @@ import torch
 SOURCE = Path(__file__).with_name("kernels.cpp")
 OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-shared", "-fPIC", "-fopenmp")
 # Of processors that PyTorch found to have them, so that a kept library never meets one that has not.
-INSTRUCTIONS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f")}
+INSTRUCTIONS = {"AVX2": ("-mavx2", "-mfma", "-mf16c"), "AVX512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f")}
 
 
 class Neighbours(ctypes.Structure):
