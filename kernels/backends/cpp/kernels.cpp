@@ -12,6 +12,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int REGISTER = 64; // bytes
@@ -85,8 +88,17 @@ template <> struct Types<double> {
 template <typename Real> using Vector = typename Types<Real>::Vector;
 template <typename Real> constexpr int LANES = REGISTER / sizeof(Real);
 
-template <typename Real> static Vector<Real> &at(Real *address) { return *(Vector<Real> *)address; }
-template <typename Real> static const Vector<Real> &at(const Real *address) { return *(const Vector<Real> *)address; }
+// By memcpy, which needs no alignment: clang forgets the alignment of a vector type in a template.
+template <typename Real> static Vector<Real> load(const Real *address)
+{
+    Vector<Real> vector;
+    std::memcpy(&vector, address, sizeof vector);
+    return vector;
+}
+template <typename Real> static void store(Real *address, Vector<Real> vector)
+{
+    std::memcpy(address, &vector, sizeof vector);
+}
 
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
@@ -195,9 +207,9 @@ template <typename Real> struct Scratch {
 template <typename Real> static Vector<Real> square_root(Vector<Real> x)
 {
     Real lanes[LANES<Real>];
-    at(lanes) = x;
+    store(lanes, x);
     for (Real &lane : lanes) lane = std::sqrt(lane);
-    return at(lanes);
+    return load(lanes);
 }
 
 // 2^x for x <= 0, to a relative 2e-7. NaN stays NaN.
@@ -217,11 +229,11 @@ template <typename Real>
 static Vector<Real> find_scale(const Scratch<Real> &scratch, int64_t first, const Affinity &task)
 {
     const Variant &variant = task.variant;
-    const Vector<Real> middle = at(scratch.centre + first), none = {};
+    const Vector<Real> middle = load(scratch.centre + first), none = {};
     // Moments about the pixel itself: sigma is 0 where the image is flat, and no offset of the image cancels anything.
     Vector<Real> total = {}, squares = {};
     for (int64_t n = 0; n < task.neighbours.count; n++) {
-        const Vector<Real> difference = at(scratch.rows[n] + first) - middle;
+        const Vector<Real> difference = load(scratch.rows[n] + first) - middle;
         total += difference;
         squares += difference * difference;
     }
@@ -246,12 +258,12 @@ static void find_exponents(const Scratch<Real> &scratch, int64_t x, int64_t pitc
             Vector<Real> sum = {};
             for (int64_t k = 0; k < channels; k++) {
                 const int64_t pixel = k * pitch + x + v;
-                const Vector<Real> difference = at(scratch.rows[n] + pixel) - at(scratch.centre + pixel);
-                const Vector<Real> scaled = difference * at(scratch.scales[k] + v);
+                const Vector<Real> difference = load(scratch.rows[n] + pixel) - load(scratch.centre + pixel);
+                const Vector<Real> scaled = difference * load(scratch.scales[k] + v);
                 sum += squared ? scaled * scaled : scaled < 0 ? -scaled : scaled; // eq. 8
             }
             least = sum < least ? sum : least;
-            at(scratch.exponents[n] + v) = sum;
+            store(scratch.exponents[n] + v, sum);
         }
         for (int64_t n = 0; n < count; n++)
             for (int i = 0; i < lanes; i++)
@@ -265,14 +277,13 @@ static void softmax(float (*weights)[BLOCK], const Affinity &task)
     for (int v = 0; v < BLOCK; v += LANES<float>) {
         Vector<float> sum = {};
         for (int64_t n = 0; n < task.neighbours.count; n++) {
-            Vector<float> &weight = at(weights[n] + v);
-            weight = power_of_2(weight);
+            const Vector<float> weight = power_of_2(load(weights[n] + v));
+            store(weights[n] + v, weight);
             sum += weight;
         }
         const Vector<float> inverse = 1 / sum;
         for (int64_t n = 0; n < task.neighbours.count; n++) {
-            Vector<float> &weight = at(weights[n] + v);
-            weight = weight * inverse + float(task.variant.position[n]);
+            store(weights[n] + v, load(weights[n] + v) * inverse + float(task.variant.position[n]));
         }
     }
 }
@@ -283,7 +294,7 @@ static void weigh(const Scratch<Real> &scratch, int64_t x, int64_t pitch, const 
 {
     for (int64_t k = 0; k < task.channels; k++)
         for (int v = 0; v < BLOCK; v += LANES<Real>)
-            at(scratch.scales[k] + v) = find_scale(scratch, k * pitch + x + v, task);
+            store(scratch.scales[k] + v, find_scale(scratch, k * pitch + x + v, task));
     const bool squared = task.variant.power == 2;
     if (task.channels == 3) // known to the compiler, they stay in registers
         (squared ? find_exponents<3, true, Real> : find_exponents<3, false, Real>)(scratch, x, pitch, task);
@@ -400,6 +411,7 @@ struct Units {
 template <typename Real> struct PropagationPlan {
     Table table; // of as many channels as a unit has at most
     int64_t threads, slots, table_size, sides, weights_pitch, shifted_size, terms, shared_bytes, worker_bytes;
+    bool halves; // weights that are read as float16
     bool copied; // weights that cannot be read where they are
     Real *tables[2], *shifted;
 
@@ -456,21 +468,39 @@ static void read_weights(Real *out, const void *weights, int64_t type, int64_t f
     }
 }
 
+// Load a register of weights. Those of float16 are widened where there is an instruction for it, and else copied before.
+#ifdef __F16C__
+constexpr bool LOADS_HALVES = true;
+template <typename Real> static Vector<Real> load(const uint16_t *halves)
+{
+#ifdef __AVX512F__
+    return (Vector<Real>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
+#else
+    return (Vector<Real>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)halves));
+#endif
+}
+#else
+constexpr bool LOADS_HALVES = false;
+template <typename Real> static Vector<Real> load(const uint16_t *) { return Vector<Real>{}; }
+#endif
+
 // What pixels are summed from: weights[n][x] * rows[n][x] for all n < count, in every channel.
-template <typename Real> struct Terms {
-    const Real *const *rows, *const *weights;
+template <typename Real, typename Weight> struct Terms {
+    const Real *const *rows;
+    const void *const *weights; // each to a row of `Weight`
     int64_t count, pitch;
     int64_t next; // from a row's weights to those of the next
     const Real *ahead; // what the next row of pixels needs and this one does not, to be fetched meanwhile
 };
 
 // Sum `vectors` registers of pixels from column x on, in `channels` channels from `channel` on.
-template <int channels, int vectors, typename Real>
-static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
+template <int channels, int vectors, typename Real, typename Weight>
+static void sum(Real *out, const Terms<Real, Weight> &terms, int64_t channel, int64_t x)
 {
     constexpr int lanes = LANES<Real>;
     const int64_t pitch = terms.pitch, count = terms.count, next = terms.next, first = channel * pitch + x;
-    const Real *const *rows = terms.rows, *const *all_weights = terms.weights;
+    const Real *const *rows = terms.rows;
+    const void *const *all_weights = terms.weights;
     Vector<Real> sums[channels][vectors];
     // Without the pragmas, GCC keeps the sums in memory before and after the loop.
 #pragma GCC unroll 16
@@ -478,55 +508,57 @@ static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) sums[c][v] = Vector<Real>{};
     for (int64_t n = 0; n < count; n++) {
-        const Real *row = rows[n] + first, *weights = all_weights[n] + x;
+        const Real *row = rows[n] + first;
+        const Weight *weights = (const Weight *)all_weights[n] + x;
         Vector<Real> weight[vectors];
 #pragma GCC unroll 16
-        for (int v = 0; v < vectors; v++) weight[v] = at(weights + v * lanes);
+        for (int v = 0; v < vectors; v++) weight[v] = load<Real>(weights + v * lanes);
         __builtin_prefetch(weights + next);
 #pragma GCC unroll 16
         for (int c = 0; c < channels; c++)
 #pragma GCC unroll 16
-            for (int v = 0; v < vectors; v++) sums[c][v] += weight[v] * at(row + c * pitch + v * lanes); // eq. 7
+            for (int v = 0; v < vectors; v++) sums[c][v] += weight[v] * load(row + c * pitch + v * lanes); // eq. 7
     }
 #pragma GCC unroll 16
     for (int c = 0; c < channels; c++) {
 #pragma GCC unroll 16
-        for (int v = 0; v < vectors; v++) at(out + first + c * pitch + v * lanes) = sums[c][v];
+        for (int v = 0; v < vectors; v++) store(out + first + c * pitch + v * lanes, sums[c][v]);
         __builtin_prefetch(terms.ahead + first + c * pitch);
     }
 }
 
-template <typename Real> using Sum = void (*)(Real *, const Terms<Real> &, int64_t, int64_t);
-
 constexpr int most_vectors(int channels) { return std::clamp(SUMS / channels, 1, MAX_VECTORS); }
 
+template <typename Real, typename Weight> using Sum = void (*)(Real *, const Terms<Real, Weight> &, int64_t, int64_t);
+
 // Return the `sum` of so many channels and registers.
-template <typename Real, int most_channels = MAX_CHANNELS, int most = most_vectors(most_channels)>
-static Sum<Real> find_sum(int64_t channels, int64_t vectors)
+template <typename Real, typename Weight, int most_channels = MAX_CHANNELS, int most = most_vectors(most_channels)>
+static Sum<Real, Weight> find_sum(int64_t channels, int64_t vectors)
 {
     if constexpr (most_channels > 1)
-        if (channels < most_channels) return find_sum<Real, most_channels - 1>(channels, vectors);
+        if (channels < most_channels) return find_sum<Real, Weight, most_channels - 1>(channels, vectors);
     if constexpr (most > 1)
-        if (vectors < most) return find_sum<Real, most_channels, most - 1>(channels, vectors);
-    return sum<most_channels, most, Real>;
+        if (vectors < most) return find_sum<Real, Weight, most_channels, most - 1>(channels, vectors);
+    return sum<most_channels, most, Real, Weight>;
 }
 
 // Sum columns [start, end) of a row of pixels in `channels` channels, `group` at a time.
-template <typename Real>
-static void sum_row(Real *out, const Terms<Real> &terms, int64_t channels, int64_t group, int64_t start, int64_t end)
+template <typename Real, typename Weight>
+static void sum_row(Real *out, const Terms<Real, Weight> &terms, int64_t channels, int64_t group, int64_t start,
+                    int64_t end)
 {
     constexpr int lanes = LANES<Real>;
     const int64_t groups = divide_up(channels, group);
     for (int64_t g = 0; g < groups; g++) {
         const int64_t channel = channels * g / groups, size = channels * (g + 1) / groups - channel;
         const int64_t vectors = most_vectors(size);
-        const Sum<Real> most = find_sum<Real>(size, vectors);
+        const Sum<Real, Weight> most = find_sum<Real, Weight>(size, vectors);
         for (int64_t x = start; x < end;) {
             // What remains in the end overlaps what is done, unless there are fewer columns than a register's.
             const int64_t rest = x > start ? divide_up(end - x, lanes) : (end - x) / lanes;
             const int64_t registers = std::clamp<int64_t>(rest, 1, vectors);
             x = std::max(start, std::min(x, end - registers * lanes));
-            (registers == vectors ? most : find_sum<Real>(size, registers))(out, terms, channel, x);
+            (registers == vectors ? most : find_sum<Real, Weight>(size, registers))(out, terms, channel, x);
             x += registers * lanes;
         }
     }
@@ -536,14 +568,15 @@ static void sum_row(Real *out, const Terms<Real> &terms, int64_t channels, int64
 template <typename Real> struct Worker {
     const Propagation &task;
     const PropagationPlan<Real> &plan;
-    const Real **rows, **weights; // of the terms of a sum
+    const Real **rows; // of the terms of a sum
+    const void **weights;
     int64_t *columns;             // by how much the transpose shifts them
     Real *copies;                 // of weights
 
     Worker(const Propagation &task, const PropagationPlan<Real> &plan, Workspace &workspace) : task(task), plan(plan)
     {
         rows = workspace.take<const Real *>(plan.terms);
-        weights = workspace.take<const Real *>(plan.terms);
+        weights = workspace.take<const void *>(plan.terms);
         columns = workspace.take<int64_t>(plan.terms);
         copies = workspace.take<Real>(plan.copied ? plan.terms * plan.weights_pitch : 0);
     }
@@ -562,6 +595,7 @@ template <typename Real> struct Worker {
         for (int64_t n = 0; n < count; n++) {
             const int64_t first = weights_of(image, y, n);
             weights[n] = (const Real *)task.weights + first;
+            if (plan.halves) weights[n] = (const uint16_t *)task.weights + first;
             if (plan.copied) {
                 read_weights(copies + n * plan.weights_pitch, task.weights, task.weights_type, first, width);
                 weights[n] = copies + n * plan.weights_pitch;
@@ -569,8 +603,12 @@ template <typename Real> struct Worker {
         }
         const Real *ahead = table.row(from, std::min(y + 1 + task.neighbours.reach, task.height - 1));
         Real *out = table.row(to, y);
-        const Terms<Real> terms = {rows, weights, count, table.pitch, plan.copied ? 0 : count * width, ahead};
-        sum_row(out, terms, table.channels, task.group, 0, width);
+        const int64_t next = plan.copied ? 0 : count * width, channels = table.channels;
+        const Terms<Real, Real> terms = {rows, weights, count, table.pitch, next, ahead};
+        if (plan.halves)
+            sum_row(out, Terms<Real, uint16_t>{rows, weights, count, table.pitch, next, ahead}, channels, task.group, 0, width);
+        else
+            sum_row(out, terms, channels, task.group, 0, width);
         for (int64_t c = 0; c < table.channels; c++) pad_sides(out + c * table.pitch, table, false);
     }
 
@@ -597,7 +635,7 @@ template <typename Real> struct Worker {
         Real *out = table.row(to, y);
         auto sum_columns = [&](int64_t first, int64_t last, int64_t start, int64_t end) {
             const int64_t next = task.neighbours.count * plan.weights_pitch;
-            const Terms<Real> terms = {rows + first, weights + first, last - first, table.pitch, next, ahead};
+            const Terms<Real, Real> terms = {rows + first, weights + first, last - first, table.pitch, next, ahead};
             sum_row(out, terms, table.channels, task.group, start, end);
         };
         sum_columns(0, count, 0, width);
@@ -657,7 +695,9 @@ template <typename Real> PropagationPlan<Real>::PropagationPlan(const Propagatio
     table_size = most * task.height * table.pitch;
     weights_pitch = std::max<int64_t>(task.width, LANES<Real>) + 2 * sides;
     shifted_size = task.transposed ? task.height * count * weights_pitch : 0;
-    copied = !task.transposed && (task.weights_type != Types<Real>::type || task.width < LANES<Real>);
+    const bool narrow = task.width < LANES<Real>, single = sizeof(Real) == sizeof(float);
+    halves = LOADS_HALVES && single && task.weights_type == FLOAT16 && !narrow && !task.transposed;
+    copied = !task.transposed && !halves && (task.weights_type != Types<Real>::type || narrow);
     terms = task.transposed ? most_readers(task) : count;
     const int64_t fitting = SLOTS_BYTES / ((table_size + shifted_size) * sizeof(Real));
     slots = std::clamp<int64_t>(std::min(fitting, total), 1, std::min(MAX_SLOTS, threads));

@@ -24,7 +24,11 @@ OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC")
 # What is tried in this order: the file's name, and the options that it needs.
 BUILDS = {"kernels.so": ("-shared", "-fopenmp"), "kernels-serial.so": ("-shared",)}
 # Options per set of instructions, by PyTorch's name for what the processor has. Any other name means the baseline.
-INSTRUCTIONS = {"DEFAULT": (), "AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f")}
+INSTRUCTIONS = {
+    "DEFAULT": (),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+    "AVX512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f"),
+}
 
 
 class Neighbours(ctypes.Structure):
