@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import reference
 from tests.strategies import CPU_BACKENDS, assert_close, dtypes, exact, layouts, map_shapes, seeds, uniform
@@ -434,6 +435,31 @@ def test_no_value_is_read_where_that_would_wait_for_a_device() -> None:
     assert (result.device.type, result.shape, maps.shape) == ("meta", (2, 8, 9), (2, 2, 4, 8, 9))
     assert cam_to_label(cams, labels, boxes=boxes[:, :]).shape == (2, 4, 5)
     assert threshold_pseudo_labels(torch.rand(2, 4, 5, 6, device="meta"), labels).shape == (2, 5, 6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of values of the largest tensor that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor) and not func.is_view:
+                self.values = max(self.values, tensor.numel())
+        return result
+
+
+def test_no_tensor_of_the_size_of_the_images_holds_all_classes() -> None:
+    images, cams, labels = torch.rand(2, 3, 64, 48), torch.rand(2, 200, 64, 48), torch.zeros(2, 200)
+    labels[0, 7] = labels[1, 8] = labels[1, 150] = 1
+    with LargestTensor() as largest:
+        refine_pseudo_labels(images, cams, labels, PAR(DILATIONS, 1))
+        cam_to_label(cams, labels)
+        threshold_pseudo_labels(cams, labels[:, 1:])
+    assert 0 < largest.values <= 2 * 4 * 2 * 64 * 48
 
 
 def test_more_classes_than_max_classes() -> None:

@@ -1,4 +1,4 @@
-"""Class activation maps (CAMs) before they become labels: their normalisation, and their mean over scales and flips.
+"""Class activation maps (CAMs) before they become labels: their normalisation, and their fusion over scales and flips.
 
 The forms of AFA (Ru et al., CVPR 2022) and its successors.
 """
