@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import voc.inference.outputs
+import voc.inference.pipeline
 import voc.inference.segmenter
 from infer_voc import Arguments, main
 from numpy.typing import NDArray
@@ -65,7 +66,9 @@ def images(tmp_path: Path) -> Path:
 
 
 def infer(checkpoint: Path, source: Path, output: Path, *arguments: str) -> int:
-    return main([str(checkpoint), str(source), "--output", str(output), "--device", "cpu", *arguments])
+    """Run infer_voc.py, without a refinement if the arguments do not ask for one."""
+    refine = [] if "--refine" in arguments else ["--refine", "none"]
+    return main([str(checkpoint), str(source), "--output", str(output), "--device", "cpu", *refine, *arguments])
 
 
 def expected_mask(
@@ -86,6 +89,7 @@ def expected_mask(
 
 
 def written(output: Path) -> set[str]:
+    """The files of a folder; empty folders do not count."""
     return {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
 
 
@@ -286,7 +290,7 @@ def test_a_full_disk(
     (output / "masks").mkdir(parents=True)
     (output / "masks/a.png").write_text("older")
 
-    def disk_full(path: Path, _mask: object) -> None:
+    def disk_full(path: Path, *_: object) -> None:
         path.write_text("half a m")
         raise OSError(28, "No space left on device")
 
@@ -305,7 +309,7 @@ def test_ctrl_c_leaves_whole_masks(
             raise KeyboardInterrupt
         return read_picture(path, max_pixels)
 
-    monkeypatch.setattr(voc.inference.segmenter, "read_picture", interrupted)
+    monkeypatch.setattr(voc.inference.pipeline, "read_picture", interrupted)
     assert infer(trained, images, tmp_path / "out", "--scores") == 130
     assert "infer_voc.py: stopped" in skipped_lines(capsys)
     assert written(tmp_path / "out") == {"masks/a.png", "masks/b.png"}
@@ -352,7 +356,7 @@ def test_a_network_that_is_not_finite(
 @pytest.mark.skipif(importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 is not installed")
 def test_crf(trained: Path, images: Path, tmp_path: Path) -> None:
     Image.new("RGB", (1, 1)).save(images / "d.png")
-    arguments = ["--crf", "--workers", "1", "--clean", "--labels", str(tmp_path / "labels.txt")]
+    arguments = ["--refine", "crf", "--workers", "1", "--clean", "--labels", str(tmp_path / "labels.txt")]
     (tmp_path / "labels.txt").write_text("a flag shell\nb tiger\nc\nd leaf tiger\n")
     assert infer(trained, images, tmp_path / "out", "--scores", *arguments) == 0
     lines = (tmp_path / "out/scores.csv").read_text().splitlines()
@@ -366,8 +370,8 @@ def test_crf(trained: Path, images: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_mask(tmp_path / f"out/crf/{name[0]}.png"), expected)
         raw = torch.zeros_like(masks).index_copy(0, torch.tensor(kept), masks[kept]).argmax(dim=0)
         np.testing.assert_array_equal(read_mask(tmp_path / f"out/masks/{name[0]}.png"), raw)
-    assert infer(trained, images / "a.png", tmp_path / "all", "--crf", "--overlays", "--soft") == 0
-    folders = ("masks/a.png", "crf/a.png", "overlays/a.jpg", "overlays_crf/a.jpg", "soft/a.npz")
+    assert infer(trained, images / "a.png", tmp_path / "all", "--refine", "crf", "--overlays", "--soft") == 0
+    folders = ("masks/a.png", "crf/a.png", "overlays/a.jpg", "soft/a.npz")
     assert written(tmp_path / "all") == set(folders)
 
 
@@ -376,9 +380,9 @@ def test_crf_without_pydensecrf(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
     monkeypatch.delitem(sys.modules, "pydensecrf.densecrf", raising=False)
-    assert infer(trained, images, tmp_path / "out", "--crf") == 2
+    assert infer(trained, images, tmp_path / "out", "--refine", "crf") == 2
     (line,) = skipped_lines(capsys)
-    assert line.startswith("infer_voc.py: error: --crf needs pydensecrf2")
+    assert line.startswith("infer_voc.py: error: --refine crf needs pydensecrf2")
     assert not (tmp_path / "out").exists()
 
 
