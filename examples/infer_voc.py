@@ -231,13 +231,15 @@ def run(
     seconds = time.perf_counter() - start
     outcomes = [again_if_elsewhere(outcome, outputs, source) for source, outcome in zip(share, outcomes, strict=False)]
     shares = gather((outcomes, seconds, failed), group)
-    leave_group()
     outcomes = [outcome for share_outcomes, _, _ in shares for outcome in share_outcomes]
     failed = any(share_failed for _, _, share_failed in shares)
     if group.rank == 0:
         summarise(arguments, outcomes, len(sources), max(share_seconds for _, share_seconds, _ in shares))
         failed = not write_all_scores(arguments, classes, sources, outcomes) or failed
-    return exit_code(outcomes, failed)
+    # All processes end at once with the same code: if one ends earlier with an error, torchrun ends the others.
+    code, *_ = gather(exit_code(outcomes, failed), group)
+    leave_group()
+    return code
 
 
 def again_if_elsewhere(outcome: Outcome, outputs: Outputs, source: Source) -> Outcome:

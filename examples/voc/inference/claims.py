@@ -38,7 +38,7 @@ def claim_outputs(folder: Path, name: str) -> Claim | None:
     """
     if sys.platform == "win32":
         return Claim()
-    path = folder / CLAIMS / name
+    path = folder / CLAIMS / f"{name}.png"  # no longer than the name of the mask
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
