@@ -65,7 +65,7 @@ class Arguments:
 
     clean: bool = False
     """Keep exactly the classes of an image's labels instead of the probable ones. `train_voc.py --supervision masks
-    --masks DIR/masks` can train on these masks."""
+    --masks DIR/par` can train on these masks."""
 
     labels: Path | None = None
     """File of image-level labels for --clean, lines `id class class ...`. Default, with --split: Annotations/*.xml
