@@ -115,7 +115,18 @@ def crf_iou(settings: Settings) -> Tensor:
     root = settings.data or toy_voc(settings.output / "data", seed=settings.seed)
     (method,) = trained_methods(settings.output)
     folder = settings.output / "val"
-    command = [*method.load, str(root), "--split", "val", "--crf", "--output", str(folder), "--device", settings.device]
+    command = [
+        *method.load,
+        str(root),
+        "--split",
+        "val",
+        "--refine",
+        "crf",
+        "--output",
+        str(folder),
+        "--device",
+        settings.device,
+    ]
     return measure(segment_once(folder, command), "crf", root, "val")
 
 

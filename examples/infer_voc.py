@@ -1,18 +1,21 @@
 """Segment images with a trained network: `python examples/infer_voc.py CHECKPOINT INPUT [--output DIR]`.
 
 With a checkpoint of the authors: `python examples/infer_voc.py --released FILE --backbone wide_resnet38 INPUT`.
+Several processes share the images: `torchrun --nproc-per-node 2 examples/infer_voc.py CHECKPOINT INPUT`, or the same
+command started several times. Images that are done are not segmented again.
 """
 
 import math
 import sys
+import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import tyro
-from numpy.typing import NDArray
 from tqdm import tqdm
 from tyro.conf import Positional
 from voc.checkpoints import Trained, load_trained
@@ -20,8 +23,12 @@ from voc.dataset.errors import DataError
 from voc.dataset.images import IGNORE
 from voc.devices import choose_device
 from voc.inference.crf import check_crf
-from voc.inference.outputs import write_mask, write_overlay, write_scores, write_soft
-from voc.inference.segmenter import Result, Segmenter, choose_classes, segment_images, with_crf
+from voc.inference.outputs import Outputs, write_scores
+from voc.inference.pipeline import Outcome, Pipeline
+from voc.inference.records import file_digest
+from voc.inference.refine import Refinement, start_refinement
+from voc.inference.segmenter import Segmenter
+from voc.inference.sharing import gather, join_group, leave_group, own_device
 from voc.inference.sources import Source, add_labels, find_sources, split_sources
 from voc.model import CAMNet
 from voc.released import load_released
@@ -33,8 +40,8 @@ class Arguments:
     """Segment images with a trained network; no ground truth is needed.
 
     Masks are palette PNGs of class indices in VOC's colours, on the pixel grid of the stored image. An image that
-    cannot be read is reported and skipped. Exit code: 0 all images done, 1 some skipped, 2 none done or wrong
-    arguments.
+    cannot be read is reported and skipped. An image whose outputs were made by the same network and arguments is not
+    segmented again. Exit code: 0 all images done, 1 some skipped, 2 none done or wrong arguments.
     """
 
     checkpoint: Positional[Path]
@@ -44,7 +51,7 @@ class Arguments:
     """An image, a folder of images (without its subfolders), or with --split a data set in VOC's layout."""
 
     output: Path = Path("runs/predictions")
-    """Folder for masks/NAME.png, and for what other arguments ask for."""
+    """Folder for masks/NAME.png, the masks of the network, and for what other arguments ask for."""
 
     released: bool = False
     """CHECKPOINT is a file of the authors' published network, for VOC's 20 classes; --backbone says which. The scales,
@@ -58,7 +65,7 @@ class Arguments:
 
     clean: bool = False
     """Keep exactly the classes of an image's labels instead of the probable ones. `train_voc.py --supervision masks
-    --masks DIR/masks` can train on these masks."""
+    --masks DIR/par` can train on these masks."""
 
     labels: Path | None = None
     """File of image-level labels for --clean, lines `id class class ...`. Default, with --split: Annotations/*.xml
@@ -88,9 +95,14 @@ class Arguments:
     """A larger image is reduced to this number of pixels, and its mask enlarged. With the default, an image needs up to
     6 GB of memory for the default backbone, 20 classes and the paper's scales."""
 
+    refine: Refinement = "par"
+    """Also write the masks after a refinement that aligns them with the edges of the image, to a folder of this name:
+    par/NAME.png after 20 iterations of PAR, `pamr` after 20 of PAMR, `crf` after a dense CRF (extra `crf`) of 10
+    iterations with the parameters of the paper's authors. `none` writes masks/ only."""
+
     overlays: bool = False
-    """Also write overlays/NAME.jpg: the mask over the image as the network saw it, upright, and reduced if it is large.
-    With --crf, also overlays_crf/NAME.jpg."""
+    """Also write overlays/NAME.jpg: the mask before and after the refinement, over the image as the network saw it,
+    upright, and reduced if it is large."""
 
     scores: bool = False
     """Also write scores.csv: the probability of each class in each image, of removed classes too."""
@@ -99,12 +111,8 @@ class Arguments:
     """Also write soft/NAME.npz: the masks before a class is chosen, for `evaluate_voc.py --clean`. Up to 15 MB
     per image of VOC."""
 
-    crf: bool = False
-    """Also write crf/NAME.png: the masks after a dense CRF (extra `crf`) of 10 iterations, with the parameters of the
-    paper's authors."""
-
     workers: int = 2
-    """Processes for --crf."""
+    """Threads that read images beside the network, threads that refine and write, and processes for --refine crf."""
 
     device: str = "auto"
     """`auto` (cuda, then mps, then cpu) or any name that torch.device takes."""
@@ -140,22 +148,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             trained = load_released(arguments.checkpoint, arguments.backbone)
         segmenter = build_segmenter(trained, arguments)
+        outputs = Outputs(arguments.output, folders(arguments), key_values(arguments))
         sources = find_all(arguments, trained.classes)
-        if arguments.crf:
+        if arguments.refine == "crf":
             check_crf()
-        for name in folders(arguments):
-            (arguments.output / name).mkdir(parents=True, exist_ok=True)
+        outputs.make_folders()
     except (ValueError, OSError) as error:  # the errors of data and checkpoints are ValueErrors
         say(f"error: {error}")
         return 2
-    return run(arguments, trained.classes, segmenter, sources)
+    return run(arguments, trained.classes, segmenter, outputs, sources)
 
 
 def folders(arguments: Arguments) -> list[str]:
     """Return the names of the folders to write."""
-    names = ["masks", "crf"] if arguments.crf else ["masks"]
-    names += ["overlays", "overlays_crf"][: len(names)] if arguments.overlays else []
-    return [*names, "soft"] if arguments.soft else names
+    wanted = {"masks": True, arguments.refine: arguments.refine != "none"}
+    wanted |= {"overlays": arguments.overlays, "soft": arguments.soft}
+    return [name for name, written in wanted.items() if written]
+
+
+def key_values(arguments: Arguments) -> dict[str, Any]:
+    """Return what makes the outputs of an image: the network and the arguments. Labels are compared by image."""
+    others = {"checkpoint", "input", "split", "labels", "output", "scores", "workers", "device"}
+    values = {name: value for name, value in asdict(arguments).items() if name not in others}
+    return {**values, "checkpoint": file_digest(arguments.checkpoint)}
 
 
 def build_segmenter(trained: Trained, arguments: Arguments) -> Segmenter:
@@ -170,7 +185,7 @@ def build_segmenter(trained: Trained, arguments: Arguments) -> Segmenter:
     names = ("scales", "min_probability", "background_power")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     cam_background = CAMNet.background if arguments.cam_background is None else arguments.cam_background
-    device = choose_device(arguments.device)
+    device = choose_device(own_device(arguments.device))
     return Segmenter(model, replace(settings, **given), device, arguments.flip, cam_background, arguments.pad_to)
 
 
@@ -186,41 +201,85 @@ def find_all(arguments: Arguments, classes: Sequence[str]) -> list[Source]:
     return add_labels(sources, classes, root, arguments.labels) if arguments.clean else sources
 
 
-def run(arguments: Arguments, classes: Sequence[str], segmenter: Segmenter, sources: Sequence[Source]) -> int:
-    """Segment the images and write the outputs. Returns the exit code."""
-    scores: list[tuple[str, list[float]]] = []
+def run(
+    arguments: Arguments, classes: Sequence[str], segmenter: Segmenter, outputs: Outputs, sources: Sequence[Source]
+) -> int:
+    """Segment the images, or this process's share of them, and write the outputs. Returns the exit code."""
+    group = join_group()
+    share = sources[group.rank :: group.size]
+    outcomes: list[Outcome] = []
     failed = False
+    start = time.perf_counter()
+    bar = tqdm(total=len(share), desc="segmenting", unit="image", leave=False, disable=group.rank > 0)
+
+    def report(source: Source, outcome: Outcome) -> None:
+        outcomes.append(outcome)
+        bar.update()
+        if outcome.status == "skipped":
+            say(f"skipped {source.path}: {outcome.reason}")
+
     try:
-        results = segment_images(
-            sources, segmenter, arguments.max_pixels, lambda path, reason: say(f"skipped {path}: {reason}")
-        )
-        pairs = with_crf(results, arguments.workers) if arguments.crf else ((result, None) for result in results)
-        for result, crf_mask in pairs:
-            write_outputs(arguments, result, crf_mask)
-            scores.append((result.source.name, result.soft.probabilities.tolist()))
-        if arguments.scores and scores:
-            write_scores(arguments.output / "scores.csv", classes, scores)
+        with bar, start_refinement(arguments.refine, arguments.workers) as refine:
+            Pipeline(segmenter, arguments.max_pixels, outputs, refine, arguments.workers).run(share, sources, report)
     except (OSError, BrokenProcessPool, MemoryError) as error:  # a full disk would stop the other images too
         say(f"error: {error}")
         failed = True
     except KeyboardInterrupt:
         say("stopped")
+        summarise(arguments, outcomes, len(share), time.perf_counter() - start)
         return 130
-    finally:
-        tqdm.write(f"{len(scores)} of {len(sources)} images have a mask in {arguments.output / 'masks'}")
-    return 2 if not scores else 1 if failed or len(scores) < len(sources) else 0
+    seconds = time.perf_counter() - start
+    outcomes = [again_if_elsewhere(outcome, outputs, source) for source, outcome in zip(share, outcomes, strict=False)]
+    shares = gather((outcomes, seconds, failed), group)
+    outcomes = [outcome for share_outcomes, _, _ in shares for outcome in share_outcomes]
+    failed = any(share_failed for _, _, share_failed in shares)
+    if group.rank == 0:
+        summarise(arguments, outcomes, len(sources), max(share_seconds for _, share_seconds, _ in shares))
+        failed = not write_all_scores(arguments, classes, sources, outcomes) or failed
+    # All processes end at once with the same code: if one ends earlier with an error, torchrun ends the others.
+    code, *_ = gather(exit_code(outcomes, failed), group)
+    leave_group()
+    return code
 
 
-def write_outputs(arguments: Arguments, result: Result, crf_mask: NDArray[np.uint8] | None) -> None:
-    """Write the files of one image; its mask comes last, so that a mask on the disk means that the others are there."""
-    output, name, picture = arguments.output, result.source.name, result.picture
-    if arguments.soft:
-        write_soft(output / "soft" / f"{name}.npz", picture, result.soft)
-    for mask, suffix in ((crf_mask, "_crf"), (choose_classes(result.soft), "")):
-        if mask is not None:
-            if arguments.overlays:
-                write_overlay(output / f"overlays{suffix}" / f"{name}.jpg", picture, mask)
-            write_mask(output / (suffix.removeprefix("_") or "masks") / f"{name}.png", picture, mask)
+def again_if_elsewhere(outcome: Outcome, outputs: Outputs, source: Source) -> Outcome:
+    """Look again for the outputs that another process was writing."""
+    if outcome.status != "elsewhere" or (probabilities := outputs.find(source)) is None:
+        return outcome
+    return Outcome(source.name, "done before", probabilities)
+
+
+def summarise(arguments: Arguments, outcomes: Sequence[Outcome], total: int, seconds: float) -> None:
+    """Print how many images have a mask, and the speed of those that were segmented now."""
+    count = Counter(outcome.status for outcome in outcomes)
+    folder = arguments.output / ("masks" if arguments.refine == "none" else arguments.refine)
+    line = f"{count['segmented'] + count['done before']} of {total} images have a mask in {folder}"
+    if count["segmented"]:
+        line += f"; {count['segmented']} new ones, {count['segmented'] / seconds:.2f} images per second"
+    if count["elsewhere"]:
+        line += f"; another process is segmenting {count['elsewhere']}"
+    tqdm.write(line)
+
+
+def write_all_scores(
+    arguments: Arguments, classes: Sequence[str], sources: Sequence[Source], outcomes: Sequence[Outcome]
+) -> bool:
+    """Write the probabilities of all images with a mask, in the order of the images, if they are wanted."""
+    known = {one.name: one.probabilities for one in outcomes if one.status in ("segmented", "done before")}
+    lines = [(name, known[name]) for name in dict.fromkeys(source.name for source in sources) if name in known]
+    try:
+        if arguments.scores and lines:
+            write_scores(arguments.output / "scores.csv", classes, lines)
+    except OSError as error:
+        say(f"error: {error}")
+        return False
+    return True
+
+
+def exit_code(outcomes: Sequence[Outcome], failed: bool) -> int:
+    """Return 0 if all images are done or in work, 1 if some are skipped, 2 if none is done."""
+    skipped = sum(outcome.status == "skipped" for outcome in outcomes)
+    return 2 if skipped == len(outcomes) else 1 if failed or skipped else 0
 
 
 def say(message: str) -> None:

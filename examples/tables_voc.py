@@ -199,7 +199,7 @@ def segment(arguments: Arguments, method: Method, split: str, options: Sequence[
     """Write the masks of a split, unless they are there already, and return their folder."""
     folder = arguments.output / f"table_{arguments.table}" / method.folder / split
     command = [*method.load, str(arguments.data), "--split", split, "--output", str(folder)]
-    return segment_once(folder, [*command, *(["--crf"] if arguments.crf else []), *options])
+    return segment_once(folder, [*command, "--refine", "crf" if arguments.crf else "none", *options])
 
 
 def segment_once(folder: Path, command: list[str]) -> Path:

@@ -142,6 +142,8 @@ def test_other_commands(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> Non
                 assert package == "torch==2.13.0"
             case ["torchrun", "--nproc-per-node", "4", "examples/train_voc.py", *arguments]:
                 assert parse_arguments(arguments).preset == "paper"
+            case ["torchrun", "--nproc-per-node", "2", "examples/infer_voc.py", *arguments]:
+                assert importlib.import_module("infer_voc").main([*arguments, "--device", "cpu"]) == 0
             case ["pytest", *arguments]:
                 known = ("--benchmark", "--benchmark-quick")
                 assert all((ROOT / a).exists() or a in known for a in arguments), command

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import voc.inference.outputs
+import voc.inference.pipeline
+import voc.inference.refine
 import voc.inference.segmenter
 from infer_voc import Arguments, main
 from numpy.typing import NDArray
@@ -25,6 +27,7 @@ from voc.dataset.toy import OBJECTS
 from voc.inference.crf import crf_segment
 from voc.inference.masks import multi_scale_masks, segment
 from voc.inference.pictures import read_picture
+from voc.inference.refine import Refinement, refine_masks
 from voc.model import build_model
 from voc.settings import PRESETS, Settings
 
@@ -65,7 +68,9 @@ def images(tmp_path: Path) -> Path:
 
 
 def infer(checkpoint: Path, source: Path, output: Path, *arguments: str) -> int:
-    return main([str(checkpoint), str(source), "--output", str(output), "--device", "cpu", *arguments])
+    """Run infer_voc.py, without a refinement if the arguments do not ask for one."""
+    refine = [] if "--refine" in arguments else ["--refine", "none"]
+    return main([str(checkpoint), str(source), "--output", str(output), "--device", "cpu", *refine, *arguments])
 
 
 def expected_mask(
@@ -86,6 +91,7 @@ def expected_mask(
 
 
 def written(output: Path) -> set[str]:
+    """The files of a folder; empty folders do not count."""
     return {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
 
 
@@ -172,6 +178,54 @@ def test_other_images_are_still_segmented(
         f"skipped {images}/{name}" for name in ("empty.jpg", "folder.jpg", "text.jpg", "truncated.jpg", "two lines.png")
     ]
     assert all(line.startswith("infer_voc.py: ") for line in lines)
+
+
+@pytest.mark.parametrize("method", ["par", "pamr"])
+def test_masks_are_refined(method: Refinement, trained: Path, images: Path, tmp_path: Path) -> None:
+    """PAR is the default. The raw masks are written too, and the picture shows both."""
+    output = tmp_path / "out"
+    arguments = [str(trained), str(images), "--output", str(output), "--device", "cpu", "--overlays"]
+    assert main([*arguments, *(["--refine", method] if method != "par" else [])]) == 0
+    names = ("a", "b", "c")
+    expected = {f"{folder}/{name}.png" for folder in ("masks", method) for name in names}
+    assert written(output) == expected | {f"overlays/{name}.jpg" for name in names}
+    model, _, _ = load_trained(trained)
+    changed = 0
+    for path in images.iterdir():
+        image = read_image(path)
+        masks, probabilities = multi_scale_masks(model, image, SETTINGS.scales)
+        masks[0] = masks[0] ** SETTINGS.background_power
+        masks[1:][probabilities < SETTINGS.min_probability] = 0
+        refined = refine_masks(image, masks, probabilities >= SETTINGS.min_probability, method).argmax(dim=0).numpy()
+        np.testing.assert_array_equal(read_mask(output / f"{method}/{path.stem}.png"), refined)
+        raw = read_mask(output / f"masks/{path.stem}.png")
+        np.testing.assert_array_equal(raw, masks.argmax(dim=0).numpy())
+        changed += (raw != refined).sum()
+    assert changed > 0
+    assert read_image(output / "overlays/b.jpg").shape == (3, 64, 48)  # one below the other
+    assert read_image(output / "overlays/a.jpg").shape == (3, 40, 66)  # one beside the other
+
+
+def test_an_overlay_longer_than_a_jpeg_can_be(trained: Path, images: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (70_000, 2), (90, 20, 200)).save(images / "wide.png")
+    assert infer(trained, images / "wide.png", tmp_path, "--overlays", "--scales", "0.1", "--no-flip") == 0
+    assert read_mask(tmp_path / "masks/wide.png").shape == (2, 70_000)
+    assert read_image(tmp_path / "overlays/wide.jpg").shape[-1] == 65_500
+
+
+def test_too_little_memory_for_the_refinement(
+    trained: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(image: torch.Tensor, *arguments: object) -> torch.Tensor:
+        if image.shape[-1] == 48:
+            raise MemoryError
+        return refine_masks(image, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(voc.inference.refine, "refine_masks", too_large)
+    assert infer(trained, images, tmp_path, "--refine", "par") == 1
+    (line,) = skipped_lines(capsys)
+    assert line.startswith(f"infer_voc.py: skipped {images}/b.jpg: not enough memory: try a lower --max-pixels")
+    assert {path.name for path in (tmp_path / "masks").iterdir()} == {"a.png", "c.png"}
 
 
 def test_long_and_thin(trained: Path, images: Path, tmp_path: Path) -> None:
@@ -286,7 +340,7 @@ def test_a_full_disk(
     (output / "masks").mkdir(parents=True)
     (output / "masks/a.png").write_text("older")
 
-    def disk_full(path: Path, _mask: object) -> None:
+    def disk_full(path: Path, *_: object) -> None:
         path.write_text("half a m")
         raise OSError(28, "No space left on device")
 
@@ -305,7 +359,7 @@ def test_ctrl_c_leaves_whole_masks(
             raise KeyboardInterrupt
         return read_picture(path, max_pixels)
 
-    monkeypatch.setattr(voc.inference.segmenter, "read_picture", interrupted)
+    monkeypatch.setattr(voc.inference.pipeline, "read_picture", interrupted)
     assert infer(trained, images, tmp_path / "out", "--scores") == 130
     assert "infer_voc.py: stopped" in skipped_lines(capsys)
     assert written(tmp_path / "out") == {"masks/a.png", "masks/b.png"}
@@ -352,7 +406,7 @@ def test_a_network_that_is_not_finite(
 @pytest.mark.skipif(importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 is not installed")
 def test_crf(trained: Path, images: Path, tmp_path: Path) -> None:
     Image.new("RGB", (1, 1)).save(images / "d.png")
-    arguments = ["--crf", "--workers", "1", "--clean", "--labels", str(tmp_path / "labels.txt")]
+    arguments = ["--refine", "crf", "--workers", "1", "--clean", "--labels", str(tmp_path / "labels.txt")]
     (tmp_path / "labels.txt").write_text("a flag shell\nb tiger\nc\nd leaf tiger\n")
     assert infer(trained, images, tmp_path / "out", "--scores", *arguments) == 0
     lines = (tmp_path / "out/scores.csv").read_text().splitlines()
@@ -366,8 +420,8 @@ def test_crf(trained: Path, images: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(read_mask(tmp_path / f"out/crf/{name[0]}.png"), expected)
         raw = torch.zeros_like(masks).index_copy(0, torch.tensor(kept), masks[kept]).argmax(dim=0)
         np.testing.assert_array_equal(read_mask(tmp_path / f"out/masks/{name[0]}.png"), raw)
-    assert infer(trained, images / "a.png", tmp_path / "all", "--crf", "--overlays", "--soft") == 0
-    folders = ("masks/a.png", "crf/a.png", "overlays/a.jpg", "overlays_crf/a.jpg", "soft/a.npz")
+    assert infer(trained, images / "a.png", tmp_path / "all", "--refine", "crf", "--overlays", "--soft") == 0
+    folders = ("masks/a.png", "crf/a.png", "overlays/a.jpg", "soft/a.npz")
     assert written(tmp_path / "all") == set(folders)
 
 
@@ -376,9 +430,9 @@ def test_crf_without_pydensecrf(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
     monkeypatch.delitem(sys.modules, "pydensecrf.densecrf", raising=False)
-    assert infer(trained, images, tmp_path / "out", "--crf") == 2
+    assert infer(trained, images, tmp_path / "out", "--refine", "crf") == 2
     (line,) = skipped_lines(capsys)
-    assert line.startswith("infer_voc.py: error: --crf needs pydensecrf2")
+    assert line.startswith("infer_voc.py: error: --refine crf needs pydensecrf2")
     assert not (tmp_path / "out").exists()
 
 

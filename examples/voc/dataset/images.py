@@ -1,5 +1,6 @@
 """Images and masks: read in every mode that Pillow knows, turned upright; masks in VOC's colours."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.ExifTags import Base
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .errors import DataError
@@ -89,8 +91,11 @@ def voc_palette() -> NDArray[np.uint8]:
     return palette
 
 
-def save_mask(path: Path, mask: NDArray[np.uint8]) -> None:
-    """Write a mask [H, W] as a palette PNG in VOC's colours."""
+def save_mask(path: Path, mask: NDArray[np.uint8], text: Mapping[str, str] | None = None) -> None:
+    """Write a mask [H, W] as a palette PNG in VOC's colours, with `text` as its metadata."""
     image = Image.fromarray(mask)
     image.putpalette(voc_palette().tobytes())
-    image.save(path)
+    information = PngInfo()
+    for key, value in (text or {}).items():
+        information.add_text(key, value)
+    image.save(path, format="PNG", pnginfo=information)

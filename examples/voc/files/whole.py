@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: the disk is full, a folder is missing, or `path` is a folder that is not empty.
     """
-    partial = path.with_name(f".partial_{os.getpid()}{path.suffix}")
+    partial = path.with_name(f".partial_{uuid.uuid4().hex}{path.suffix}")
     try:
         write(partial)
         os.replace(partial, path)

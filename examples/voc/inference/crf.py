@@ -24,7 +24,7 @@ def check_crf() -> None:
     try:
         import pydensecrf.densecrf  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"--crf needs pydensecrf2, this project's extra `crf`: {error}") from error
+        raise ValueError(f"--refine crf needs pydensecrf2, this project's extra `crf`: {error}") from error
 
 
 def dense_crf(image: NDArray[np.uint8], probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -51,10 +51,20 @@ def dense_crf(image: NDArray[np.uint8], probabilities: NDArray[np.float32]) -> N
     return np.asarray(crf.inference(ITERATIONS), dtype=np.float32).reshape(probabilities.shape)
 
 
+def crf_marginals(image: NDArray[np.uint8], masks: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the marginals [K, H, W] of the classes with these masks [K, H, W], which need not sum to 1.
+
+    The CRF sees the masks divided by their sum.
+    """
+    if len(masks) == 1:
+        return np.ones_like(masks)
+    total = masks.sum(axis=0)
+    # Where all masks are 0 (the power of the background's mask may underflow), every class has FLOOR.
+    return dense_crf(image, masks / np.where(total > 0, total, np.float32(1)))
+
+
 def crf_segment(image: NDArray[np.uint8], masks: NDArray[np.float32], kept: Sequence[int]) -> NDArray[np.uint8]:
     """Choose for every pixel one of the kept classes, after the CRF.
-
-    The CRF sees only the kept classes: their masks are first divided by their sum.
 
     Args:
         image: RGB [H, W, 3].
@@ -64,13 +74,8 @@ def crf_segment(image: NDArray[np.uint8], masks: NDArray[np.float32], kept: Sequ
     Returns:
         Class indices [H, W].
     """
-    if len(kept) == 1:
-        return np.full(masks.shape[1:], kept[0], dtype=np.uint8)
-    total = masks.sum(axis=0)
-    # Where all masks are 0 (the power of the background's mask may underflow), every class has FLOOR.
-    marginals = dense_crf(image, masks / np.where(total > 0, total, np.float32(1)))
     classes: NDArray[np.uint8] = np.array(kept, dtype=np.uint8)
-    return classes[marginals.argmax(axis=0)]
+    return classes[crf_marginals(image, masks).argmax(axis=0)]
 
 
 def start_workers(count: int) -> ProcessPoolExecutor:

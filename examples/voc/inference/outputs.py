@@ -1,7 +1,8 @@
 """The files that inference writes: masks, overlays and probabilities, each written whole or not at all."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,20 +13,86 @@ from ..dataset.images import save_mask
 from ..files.soft import SoftFile, save_soft
 from ..files.whole import write_csv_whole, write_whole
 from ..visualise import overlay
+from .claims import CLAIMS, Claim, claim_outputs
 from .pictures import Picture
-from .segmenter import SoftMasks
+from .records import Record, image_key, read_record
+from .segmenter import SoftMasks, choose_classes
+from .sources import Source
+
+SUFFIXES = {"overlays": ".jpg", "soft": ".npz"}
+JPEG_SIDE = 65_500  # the longest side of a JPEG
 
 
-def write_mask(path: Path, picture: Picture, mask: NDArray[np.uint8]) -> None:
-    """Write the mask of a picture as a palette PNG, on the pixel grid of the stored image."""
+class Outputs:
+    """The files of every image in one folder: masks/NAME.png, and those of the other folders.
+
+    Args:
+        folder: the folder of the folders.
+        kinds: names of the folders: "masks", and perhaps "soft", "overlays" and that of a refinement.
+        values: what the outputs depend on: the network and the arguments.
+    """
+
+    def __init__(self, folder: Path, kinds: Sequence[str], values: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.paths = {kind: folder / kind for kind in kinds}
+        self.values = values
+
+    def make_folders(self) -> None:
+        """Make the folders that are not there."""
+        for path in (*self.paths.values(), self.folder / CLAIMS):
+            path.mkdir(parents=True, exist_ok=True)
+
+    def claim(self, source: Source) -> Claim | None:
+        """Return the right to write the outputs of an image, or None if another process has it."""
+        return claim_outputs(self.folder, source.name)
+
+    def find(self, source: Source) -> Sequence[float] | None:
+        """Return the probabilities of an image whose outputs are there, made from the same image with the same values.
+
+        Otherwise return None.
+        """
+        record = read_record(self.file("masks", source))
+        if record is None or not source.path.is_file() or record.key != self.key(source):
+            return None
+        return record.probabilities if all(self.file(kind, source).is_file() for kind in self.paths) else None
+
+    def write(self, source: Source, picture: Picture, soft: SoftMasks, refined: NDArray[np.uint8] | None) -> None:
+        """Write the files of one image. Its mask comes last: a mask on the disk means that the others are there."""
+        masks = [mask for mask in (choose_classes(soft), refined) if mask is not None]
+        record = Record(self.key(source), soft.probabilities.tolist())
+        for kind in reversed(self.paths):
+            path = self.file(kind, source)
+            if kind == "soft":
+                write_soft(path, picture, soft)
+            elif kind == "overlays":
+                write_overlay(path, picture, masks)
+            elif kind == "masks":
+                write_mask(path, picture, masks[0], record.text())
+            else:
+                write_mask(path, picture, masks[-1])
+
+    def file(self, kind: str, source: Source) -> Path:
+        """Return the path of an output."""
+        return self.paths[kind] / f"{source.name}{SUFFIXES.get(kind, '.png')}"
+
+    def key(self, source: Source) -> str:
+        """Return what the record of an image's mask says about its origin."""
+        return image_key(self.values, source.path, source.labels)
+
+
+def write_mask(path: Path, picture: Picture, mask: NDArray[np.uint8], text: Mapping[str, str] | None = None) -> None:
+    """Write the mask of a picture as a palette PNG, on the pixel grid of the stored image, with `text` in it."""
     stored = picture.as_stored(mask)
-    write_whole(path, lambda partial: save_mask(partial, stored))
+    write_whole(path, lambda partial: save_mask(partial, stored, text))
 
 
-def write_overlay(path: Path, picture: Picture, mask: NDArray[np.uint8]) -> None:
-    """Write the mask over the pixels that the network saw."""
-    painted = overlay(picture.tensor(), torch.from_numpy(mask).long())
-    image = Image.fromarray((255 * painted).round().astype(np.uint8))
+def write_overlay(path: Path, picture: Picture, masks: Sequence[NDArray[np.uint8]]) -> None:
+    """Write the masks over the pixels that the network saw, beside each other; wide ones below each other."""
+    painted = [overlay(picture.tensor(), torch.from_numpy(mask).long()) for mask in masks]  # each [H, W, 3]
+    height, width = masks[0].shape
+    pixels = np.concatenate(painted, axis=0 if width > height else 1)
+    image = Image.fromarray((255 * pixels).round().astype(np.uint8))
+    image.thumbnail((JPEG_SIDE, JPEG_SIDE))  # does nothing to smaller images
     write_whole(path, lambda partial: image.save(partial, quality=90))
 
 

@@ -116,5 +116,5 @@ def test_one_class_needs_no_crf() -> None:
 def test_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
     monkeypatch.delitem(sys.modules, "pydensecrf.densecrf", raising=False)
-    with pytest.raises(ValueError, match=r"^--crf needs pydensecrf2, this project's extra `crf`"):
+    with pytest.raises(ValueError, match=r"^--refine crf needs pydensecrf2, this project's extra `crf`"):
         check_crf()

@@ -1,0 +1,156 @@
+"""From image files to mask files. Reading, network, refinement and writing of different images overlap."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from ..dataset.errors import DataError
+from .claims import Claim
+from .outputs import Outputs
+from .pictures import Picture, read_picture
+from .refine import Refine
+from .segmenter import Segmenter, SoftMasks
+from .sources import Source, name_clashes
+
+Status = Literal["segmented", "done before", "elsewhere", "skipped"]
+
+OUT_OF_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
+
+
+class Outcome(NamedTuple):
+    """What became of an image: the probabilities [C] of its classes if it has a mask, the reason if it was skipped.
+
+    An image with the status "elsewhere" is being segmented by another process.
+    """
+
+    name: str
+    status: Status
+    probabilities: Sequence[float] = ()
+    reason: str = ""
+
+
+class Work(NamedTuple):
+    """An image that this process segments."""
+
+    source: Source
+    picture: Picture
+    claim: Claim
+
+
+class Pipeline:
+    """The steps from an image file to mask files.
+
+    Args:
+        segmenter: the network.
+        max_pixels: a larger image is reduced.
+        outputs: the files to write.
+        refine: returns the class indices of a picture after the refinement, None for no refinement.
+        workers: threads that read, and threads that refine and write.
+    """
+
+    def __init__(self, segmenter: Segmenter, max_pixels: int, outputs: Outputs, refine: Refine, workers: int) -> None:
+        self.segmenter = segmenter
+        self.max_pixels = max_pixels
+        self.outputs = outputs
+        self.refine = refine
+        self.workers = workers
+
+    def run(
+        self, sources: Sequence[Source], all_sources: Sequence[Source], report: Callable[[Source, Outcome], object]
+    ) -> None:
+        """Segment the images and report the outcome of each, in their order.
+
+        If a step fails, the masks that the network has computed are still written and reported; then the error is
+        raised. `all_sources` are the images of all processes: of two with the same name, the second is skipped.
+        """
+        clashes = name_clashes(all_sources)
+        readers, writers = ThreadPoolExecutor(self.workers), ThreadPoolExecutor(self.workers)
+        ahead: deque[Future[Work | Outcome]] = deque()
+        behind: deque[tuple[Source, Future[Outcome]]] = deque()
+        coming = iter(sources)
+        try:
+            for source in sources:
+                for other in islice(coming, 1 + self.workers - len(ahead)):
+                    ahead.append(readers.submit(self.read, other, clashes.get(other.path)))
+                behind.append((source, self.compute(source, ahead.popleft().result(), writers)))
+                while len(behind) > self.workers or (behind and behind[0][1].done()):  # a bound on memory
+                    report(behind[0][0], behind[0][1].result())
+                    behind.popleft()
+            for _ in range(len(behind)):
+                report(behind[0][0], behind[0][1].result())
+                behind.popleft()
+        finally:
+            readers.shutdown(cancel_futures=True)
+            writers.shutdown()
+            for reading in ahead:
+                if not reading.cancelled() and reading.exception() is None:
+                    work = reading.result()
+                    if isinstance(work, Work):
+                        work.claim.release()
+            for source, written in behind:
+                if written.exception() is None:
+                    report(source, written.result())
+
+    def read(self, source: Source, clash: Path | None) -> Work | Outcome:
+        """Claim an image that is not done, and read it."""
+        if clash is not None:
+            return Outcome(source.name, "skipped", reason=f"its mask would overwrite that of {clash}")
+        claim = self.outputs.claim(source)
+        if claim is None:
+            return Outcome(source.name, "elsewhere")
+        try:
+            probabilities = self.outputs.find(source)
+            if probabilities is None:
+                return Work(source, read_picture(source.path, self.max_pixels), claim)
+            claim.release()
+            return Outcome(source.name, "done before", probabilities)
+        except DataError as error:
+            claim.release()
+            return Outcome(source.name, "skipped", reason=str(error))
+        except MemoryError:
+            claim.release()
+            return too_little_memory(source)
+        except BaseException:
+            claim.release()
+            raise
+
+    def compute(self, source: Source, work: Work | Outcome, writers: ThreadPoolExecutor) -> Future[Outcome]:
+        """Run the network, and let a thread do the rest."""
+        if isinstance(work, Work):
+            try:
+                soft = self.segmenter(work.picture, source.labels)
+                return writers.submit(self.write, work, soft)
+            except DataError as error:
+                work.claim.release()
+                work = Outcome(source.name, "skipped", reason=str(error))
+            except OUT_OF_MEMORY:
+                work.claim.release()
+                work = too_little_memory(source)
+            except BaseException:
+                work.claim.release()
+                raise
+        known: Future[Outcome] = Future()
+        known.set_result(work)
+        return known
+
+    def write(self, work: Work, soft: SoftMasks) -> Outcome:
+        """Refine the masks and write the outputs."""
+        try:
+            refined = self.refine(work.picture, soft)
+            self.outputs.write(work.source, work.picture, soft, refined)
+            return Outcome(work.source.name, "segmented", soft.probabilities.tolist())
+        except OUT_OF_MEMORY:
+            return too_little_memory(work.source)
+        finally:
+            work.claim.release()
+
+
+def too_little_memory(source: Source) -> Outcome:
+    """Return the outcome of an image that is too large for the machine."""
+    reason = "not enough memory: try a lower --max-pixels, or smaller --scales"
+    return Outcome(source.name, "skipped", reason=reason)

@@ -1,0 +1,43 @@
+"""Several processes that segment one folder of images, started by `torchrun`."""
+
+import datetime
+import os
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..train.distribution import ALONE, Group
+
+Value = TypeVar("Value")
+
+PATIENCE = datetime.timedelta(days=7)  # the first process to finish waits for the last
+
+
+def join_group() -> Group:
+    """Join the processes that `torchrun` started; without it, this process is alone."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ALONE
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    return Group(dist.get_rank(), dist.get_world_size())
+
+
+def leave_group() -> None:
+    """End the connection to the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def own_device(name: str) -> str:
+    """Return the device of this process: with several GPUs, each process has its own."""
+    count = torch.cuda.device_count() if name in ("auto", "cuda") else 0
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}" if count > 1 else name
+
+
+def gather(value: Value, group: Group) -> list[Value]:
+    """Return the values of all processes, by rank. It waits until all have come here."""
+    if group.size == 1:
+        return [value]
+    values: list[Value | None] = [None] * group.size
+    dist.all_gather_object(values, value)
+    return [value for value in values if value is not None]
