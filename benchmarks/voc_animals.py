@@ -49,7 +49,6 @@ from benchmarks import voc_protocol  # noqa: E402
 from benchmarks.processor import cpu_model  # noqa: E402
 from benchmarks.voc_protocol import (  # noqa: E402
     PROTOCOLS,
-    REFINEMENTS,
     Choice,
     ColumnName,
     Cut,
@@ -177,6 +176,8 @@ def prepare(comparison: Comparison, root: Path | None, others: Sequence[str]) ->
         return replace(comparison, table_classes=classes, page=page_path), data, [*SMOKE, *others]
     if root is None:
         raise ValueError("VOC_ROOT is missing: give the root of the data set first, or --smoke")
+    for split in ("train", "val"):  # what is missing is reported before hours of training
+        load_split_with_masks(root, read_split(root, split), read_classes(root))
     labels = root / "image_labels.txt"
     if comparison.labels is None and labels.is_file():
         comparison = replace(comparison, labels=labels)
@@ -229,7 +230,7 @@ def run_one(comparison: Comparison, data: Path, name: str, seed: int, others: Se
     print(f"{name}, seed {seed}: choices on the training split, then the validation split", flush=True)
     question = {
         "grid": method.grid,
-        "refinements": REFINEMENTS,
+        "refinements": voc_protocol.REFINEMENTS,
         "columns": comparison.columns,
         "classes": comparison.table_classes,
     }
