@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from wsseg_layers import PAMR
+from wsseg_layers.functional import threshold_pseudo_labels
 
+from .dataset.images import IGNORE
 from .model import resize
-from .pseudo_labels import pseudo_labels
 from .settings import Settings
 
 
@@ -29,5 +30,5 @@ def labels_from_masks(image: Tensor, masks: Tensor, labels: Tensor, settings: Se
     present = torch.cat([torch.ones_like(labels[:, :1]), labels], dim=1) > 0
     refined = pamr(image, masks, classes=present)
     if settings.loss == "published":
-        return pseudo_labels(resize(refined, image.shape[-2:]), labels, background_required=True)
-    return pseudo_labels(refined, labels)
+        return threshold_pseudo_labels(resize(refined, image.shape[-2:]), labels, discard="all", ignore_index=IGNORE)
+    return threshold_pseudo_labels(refined, labels, ignore_index=IGNORE)

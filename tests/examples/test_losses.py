@@ -16,7 +16,8 @@ from voc.losses import (
     published_segmentation_loss,
     segmentation_loss,
 )
-from voc.pseudo_labels import pseudo_labels
+
+from wsseg_layers.functional import threshold_pseudo_labels
 
 Array = NDArray[np.float64] | NDArray[np.int64]
 
@@ -170,7 +171,7 @@ def test_pseudo_labels(batch: int, classes: int, h: int, w: int, seed: int, back
     masks = torch.tensor(2 * rng.standard_normal((batch, classes + 1, h, w))).softmax(dim=1)
     labels = rng.integers(0, 2, (batch, classes)).astype(float)
     expected = pseudo_labels_by_loops(masks.numpy(), labels, background_required)
-    found = pseudo_labels(masks, torch.tensor(labels), background_required=background_required)
+    found = threshold_pseudo_labels(masks, torch.tensor(labels), discard="all" if background_required else "classes")
     assert (found.numpy() == expected).all()
 
 
@@ -180,16 +181,16 @@ def test_pseudo_labels_by_hand() -> None:
     cat = [0.05, 0.90, 0.60, 0.40]
     dog = [0.05, 0.05, 0.00, 0.90]  # not in the image
     masks = torch.tensor([[background, cat, dog]])[:, :, None]
-    assert pseudo_labels(masks, torch.tensor([[1.0, 0.0]]))[0, 0].tolist() == [0, 1, IGNORE, IGNORE]
+    assert threshold_pseudo_labels(masks, torch.tensor([[1.0, 0.0]]))[0, 0].tolist() == [0, 1, IGNORE, IGNORE]
 
 
 def test_an_image_without_one_of_its_classes_is_ignored() -> None:
     masks = torch.tensor([[[0.9, 0.1], [0.1, 0.8], [0.05, 0.1]]])[:, :, None]
-    assert pseudo_labels(masks, torch.tensor([[1.0, 0.0]]))[0, 0].tolist() == [0, 1]
-    assert pseudo_labels(masks, torch.tensor([[1.0, 1.0]]))[0, 0].tolist() == [IGNORE, IGNORE]
-    with_background = pseudo_labels(masks, torch.tensor([[1.0, 0.0]]), background_required=True)
+    assert threshold_pseudo_labels(masks, torch.tensor([[1.0, 0.0]]))[0, 0].tolist() == [0, 1]
+    assert threshold_pseudo_labels(masks, torch.tensor([[1.0, 1.0]]))[0, 0].tolist() == [IGNORE, IGNORE]
+    with_background = threshold_pseudo_labels(masks, torch.tensor([[1.0, 0.0]]), discard="all")
     assert with_background[0, 0].tolist() == [0, 1]
     masks[:, 0] = 0.15
-    assert pseudo_labels(masks, torch.tensor([[1.0, 0.0]]))[0, 0].tolist() == [IGNORE, 1]
-    nothing = pseudo_labels(masks, torch.tensor([[1.0, 0.0]]), background_required=True)
+    assert threshold_pseudo_labels(masks, torch.tensor([[1.0, 0.0]]))[0, 0].tolist() == [IGNORE, 1]
+    nothing = threshold_pseudo_labels(masks, torch.tensor([[1.0, 0.0]]), discard="all")
     assert nothing[0, 0].tolist() == [IGNORE, IGNORE]

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from voc.backbones import build_backbone, normalise
 from voc.losses import classification_loss, published_segmentation_loss
 from voc.model import SingleStageNet, resize
-from voc.pseudo_labels import pseudo_labels
 from voc.released import load_released_checkpoint, rename_key
 from voc.settings import paper_settings
 from voc.train.optimizer import build_optimizer, freeze, freeze_norm_statistics
 
 from wsseg_layers import PAMR
+from wsseg_layers.functional import threshold_pseudo_labels
 
 # A folder with train_resnet50.npz and .json (inputs and outputs of the step), resnet50_keys.json (names and shapes of
 # the weights) and weights.py (the function that fills them).
@@ -72,7 +72,7 @@ def test_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
     pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, resize="image")
     refined = resize(pamr(image, output.masks.detach()), image.shape[-2:])
-    target = pseudo_labels(refined, labels, background_required=True)
+    target = threshold_pseudo_labels(refined, labels, discard="all")
     np.testing.assert_array_equal(target.numpy(), record["pseudo"])
     classification = classification_loss(output.class_scores, labels)
     segmentation = published_segmentation_loss(output.logits, target)

@@ -12,12 +12,12 @@ from voc.dataset.layout import read_classes, read_split
 from voc.dataset.splits import VOCDataset, first_with_masks, load_split
 from voc.evaluation.network import evaluate_pseudo_labels
 from voc.model import Output
-from voc.pseudo_labels import pseudo_labels
 from voc.self_supervision import labels_from_masks
 from voc.settings import PAPER
 from voc.train.distribution import ALONE, Group
 
 from wsseg_layers import PAMR
+from wsseg_layers.functional import threshold_pseudo_labels
 
 
 class Halves(nn.Module):
@@ -92,9 +92,9 @@ def test_pseudo_labels_of_the_settings() -> None:
     published = PAMR(2, (1, 2), resize="image")(image, masks)
     printed = PAMR(2, (1, 2), "paper", resize="image")(image, masks)
     assert not torch.equal(published, printed)
-    assert torch.equal(labels_from_masks(image, masks, labels, settings), pseudo_labels(published, labels))
+    assert torch.equal(labels_from_masks(image, masks, labels, settings), threshold_pseudo_labels(published, labels))
     found = labels_from_masks(image, masks, labels, replace(settings, pamr_variant="paper"))
-    assert torch.equal(found, pseudo_labels(printed, labels))
+    assert torch.equal(found, threshold_pseudo_labels(printed, labels))
     large = labels_from_masks(image, masks, labels, replace(settings, loss="published"))
     assert large.shape == (2, 24, 20)
 
