@@ -8,10 +8,20 @@ from torch import Tensor
 
 from ...neighbourhood import neighbour_offsets
 from ...variants import Variant, position_affinity
-from ..eager import propagate_transposed
+from ..eager import mean_field_gradient, propagate_transposed
 from . import library
+from .lattice import make_filter, mean_field
 
-__all__ = ["affinity", "empty_affinity", "propagate", "propagate_transposed", "unavailable"]
+__all__ = [
+    "affinity",
+    "empty_affinity",
+    "make_filter",
+    "mean_field",
+    "mean_field_gradient",
+    "propagate",
+    "propagate_transposed",
+    "unavailable",
+]
 
 # The narrowest map that kernels.cpp reads without a look at the width.
 MIN_WIDTH = 32

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "lattice.cpp"))
 OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp")
 # What kernels.cpp computes in, and how its functions are called for it.
 REALS = {torch.float32: "float", torch.float64: "double"}
@@ -67,17 +67,33 @@ def load() -> ctypes.CDLL | None:
         affinity.argtypes = (pointer, pointer, size, neighbours, ctypes.POINTER(Variant), number)
         propagate.argtypes = (pointer, pointer, pointer, size, neighbours, number, number)
         affinity.restype = propagate.restype = None
+    _declare_lattice(library)
     return library
 
 
+def _declare_lattice(library: ctypes.CDLL) -> None:
+    """Declare the functions of lattice.cpp. They return a status: 0 where all went well."""
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    library.lattices_new.argtypes = (pointer, pointer, number, number, number, real, real, number, number)
+    library.lattices_free.argtypes = (pointer,)
+    library.lattices_free.restype = None
+    library.lattices_vertices.argtypes = (pointer,)
+    library.lattices_vertices.restype = number
+    for name in REALS.values():
+        getattr(library, f"lattices_filter_{name}").argtypes = (pointer, pointer, pointer, *4 * (number,))
+    library.lattices_mean_field.argtypes = (pointer, pointer, number, pointer, pointer, *4 * (number,))
+
+
 def _load_or_compile(command: list[str]) -> ctypes.CDLL:
-    key = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(" ".join(command).encode() + b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[
+        :16
+    ]
     kept = _cache() / f"kernels-{key}.so"
     with suppress(OSError):
         return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder, kept.name)
-        subprocess.run([*command, str(SOURCE), "-o", str(compiled)], check=True, capture_output=True, text=True)
+        subprocess.run([*command, *map(str, SOURCES), "-o", str(compiled)], check=True, capture_output=True, text=True)
         library = ctypes.CDLL(str(compiled))
         with suppress(OSError):  # where nothing can be kept, the next process compiles again
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,10 @@
+"""The Gaussians over position and colour that `bilateral_filter` and the mean field sum with."""
+
+from typing import NamedTuple
+
+
+class Gaussian(NamedTuple):
+    """Weights exp(-|p_i - p_j|^2 / (2 sigma_xy^2) - |I_i - I_j|^2 / (2 sigma_rgb^2)); the second term needs an image."""
+
+    sigma_xy: float
+    sigma_rgb: float = 1.0
