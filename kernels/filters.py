@@ -266,7 +266,7 @@ def _backward_of_mean_field(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return gradient, None, *(None for _ in ctx.settings)
 
 
-def _refuse_second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG001
+def _refuse_second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     raise NotImplementedError("dense_crf and DenseCRF are differentiable once, and a second gradient was asked for")
 
 

@@ -4,7 +4,10 @@ from typing import NamedTuple
 
 
 class Gaussian(NamedTuple):
-    """Weights exp(-|p_i - p_j|^2 / (2 sigma_xy^2) - |I_i - I_j|^2 / (2 sigma_rgb^2)); the second term needs an image."""
+    """The weights exp(-|p_i - p_j|^2 / (2 sigma_xy^2) - |I_i - I_j|^2 / (2 sigma_rgb^2)).
+
+    Without an image, the second term is left out.
+    """
 
     sigma_xy: float
     sigma_rgb: float = 1.0

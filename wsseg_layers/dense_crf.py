@@ -36,9 +36,10 @@ def dense_crf(
     .. math:: Q^{t}_{:,i} = \mathrm{softmax}_c \Big( \log P_{c,i}
         + w_1 \sum_j \tilde k^{1}_{ij} Q^{t-1}_{c,j} + w_2 \sum_j \tilde k^{2}_{ij} Q^{t-1}_{c,j} \Big)
 
-    P are the given probabilities, and the first Q as well. The first kernel is a Gaussian over position, the second over
-    position and colour. Both are normalised symmetrically, as in pydensecrf: :math:`\tilde k_{ij} = k_{ij} / \sqrt{n_i
-    n_j}` with :math:`n_i = \sum_j k_{ij}`. Classes are compatible with themselves only (Potts).
+    P are the given probabilities, and also the first Q. The first kernel is a Gaussian over position, the second over
+    position and colour. Both are normalised symmetrically, as in pydensecrf:
+    :math:`\tilde k_{ij} = k_{ij} / \sqrt{n_i n_j}` with :math:`n_i = \sum_j k_{ij}`. The compatibilities are those of
+    Potts: a class supports only itself.
 
     The result is differentiable once with respect to `scores`. No gradient flows to the image.
 

@@ -42,11 +42,13 @@ def dense_energy_loss(
 
     .. math:: L = - \frac{s}{B} \sum_b \sum_c \sum_i g_i S_{c,i} \sum_j k_{ij} S_{c,j}
 
-    S are the probabilities inside the region of interest (ROI), and 0 outside. k is the Gaussian over position and colour
-    of `bilateral_filter`, not normalised. The gate g is 1 where a pixel is not labelled. Elsewhere it is the ROI minus the
-    largest probability, at least 0: labelled pixels count as far as the prediction is not certain. Value and gradient are
-    those of the published code: the gradient is :math:`-2 s g_i \sum_j k_{ij} S_{c,j} / B`, which takes the gate for a
-    constant. The factor s = 0.684 is the scale of the filter in that code.
+    S are the probabilities inside the region of interest (ROI), and 0 outside. k is the Gaussian over position and
+    colour of `bilateral_filter`, not normalised. The gate g is 1 where a pixel is not labelled. Elsewhere it is the ROI
+    minus the largest probability, at least 0: the more certain the prediction of a labelled pixel, the less it counts.
+
+    Value and gradient are those of the published code, on a CPU to rounding. The gradient is
+    :math:`-2 s g_i \sum_j k_{ij} S_{c,j} / B`: the gate is a constant. The factor s = 0.7055 is the scale of the filter
+    in that code.
 
     Args:
         images: images, [B, 3, H, W], floating-point. `sigma_rgb` has their units, usually 0 to 255.
@@ -109,8 +111,8 @@ def _check_region(name: str, region: Tensor, segmentations: Tensor) -> None:
 class DenseEnergyLoss(nn.Module):
     """Dense energy loss: `dense_energy_loss` at a smaller size, as weakly supervised methods call it.
 
-    Images, regions and labels are resized by `scale_factor` (nearest neighbour), segmentations bilinearly. `sigma_xy` is
-    in pixels of the given images.
+    Images, regions and labels are resized by `scale_factor` (nearest neighbour), segmentations bilinearly. The unit of
+    `sigma_xy` is a pixel of the given images.
 
     Args:
         weight: factor of the loss; 1e-7 in AFA and ToCo.

@@ -1,4 +1,4 @@
-"""Gaussian filters and the mean field of a dense CRF in plain PyTorch: exact sums over all pixels, in bounded memory."""
+"""Gaussian filters and the mean field of a dense CRF in plain PyTorch: exact sums, in bounded memory."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -29,24 +29,29 @@ def make_filter(image: Tensor | None, like: Tensor, gaussian: Gaussian, normalis
         normalise: whether weights are divided by sqrt(n_i n_j), n being the sums of the weights.
     """
     if image is None:
-        return _normalised(_separable(like, gaussian), like[:1, :1], normalise)
+        return normalised(_separable(like, gaussian), like[:1, :1], normalise)
     features = position_and_colour(image, like, gaussian)
 
-    def filter_exactly(values: Tensor, transposed: bool = False) -> Tensor:  # noqa: ARG001: the weights are symmetric
+    # The weights are symmetric: the filter is its own transpose.
+    def filter_exactly(values: Tensor, transposed: bool = False) -> Tensor:  # noqa: ARG001
         return _sum_in_blocks(features, values)
 
-    return _normalised(filter_exactly, like[:, :1], normalise)
+    return normalised(filter_exactly, like[:, :1], normalise)
 
 
 def position_and_colour(image: Tensor, like: Tensor, gaussian: Gaussian) -> Tensor:
-    """Return the features [B, H * W, 5] of an image, NaN where it holds a value that is not finite."""
+    """Return the features [B, H * W, 5] of images [B, 3, H, W]."""
     batch, _, height, width = image.shape
-    finite = image.isfinite().flatten(1).all(dim=1)
-    colour = image.to(like.dtype).flatten(2) / gaussian.sigma_rgb  # [B, 3, H * W]
-    colour = colour.masked_fill(~finite[:, None, None], torch.nan)
+    colour = finite_or_nan(image).to(like.dtype).flatten(2) / gaussian.sigma_rgb  # [B, 3, H * W]
     y, x = torch.meshgrid(*(torch.arange(size, device=like.device) for size in (height, width)), indexing="ij")
     position = torch.stack([x.flatten(), y.flatten()]).to(like.dtype) / gaussian.sigma_xy
     return torch.cat([position.expand(batch, -1, -1), colour], dim=1).transpose(1, 2).contiguous()
+
+
+def finite_or_nan(image: Tensor) -> Tensor:
+    """Return images [B, 3, H, W], those that hold a value that is not finite filled with NaN."""
+    finite = image.isfinite().flatten(1).all(dim=1)
+    return image.masked_fill(~finite[:, None, None, None], torch.nan)
 
 
 def _sum_in_blocks(features: Tensor, values: Tensor) -> Tensor:
@@ -73,13 +78,14 @@ def _separable(like: Tensor, gaussian: Gaussian) -> Filter:
         )
     )
 
-    def filter_exactly(values: Tensor, transposed: bool = False) -> Tensor:  # noqa: ARG001: the weights are symmetric
+    def filter_exactly(values: Tensor, transposed: bool = False) -> Tensor:  # noqa: ARG001
         return (rows @ values @ columns).contiguous()
 
     return filter_exactly
 
 
-def _normalised(unnormalised: Filter, like: Tensor, normalise: bool) -> Filter:
+def normalised(unnormalised: Filter, like: Tensor, normalise: bool) -> Filter:
+    """Return a filter whose weights are divided by sqrt(n_i n_j) if `normalise`; `like` is [B, 1, H, W]."""
     if not normalise:
         return unnormalised
     factor = unnormalised(torch.ones_like(like)).add_(1e-20).rsqrt_()
