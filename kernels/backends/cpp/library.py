@@ -85,9 +85,8 @@ def _declare_lattice(library: ctypes.CDLL) -> None:
 
 
 def _load_or_compile(command: list[str]) -> ctypes.CDLL:
-    key = hashlib.sha256(" ".join(command).encode() + b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[
-        :16
-    ]
+    contents = b"".join(source.read_bytes() for source in SOURCES)
+    key = hashlib.sha256(" ".join(command).encode() + contents).hexdigest()[:16]
     kept = _cache() / f"kernels-{key}.so"
     with suppress(OSError):
         return ctypes.CDLL(str(kept))
