@@ -88,7 +88,7 @@ def test_lattice_is_near_the_exact_sum(with_image: bool) -> None:
     values, image = photograph(2, 60, 70, channels=2), photograph(2, 60, 70) if with_image else None
     sums = {name: bilateral_filter(values, image, 8.0, 0.08, True, name) for name in CPU_BACKENDS}
     error = (sums["cpp"] - sums["eager"]).square().mean().sqrt() / sums["eager"].square().mean().sqrt()
-    assert error < (0.04 if with_image else 0.01)
+    assert error < (0.04 if with_image else 0.02)
     ones = {name: bilateral_filter(torch.ones_like(values), image, 8.0, 0.08, False, name) for name in CPU_BACKENDS}
     ratio = ones["cpp"].mean() / ones["eager"].mean()
     assert (0.7 if with_image else 0.99) < ratio < (1 if with_image else 1.01)
