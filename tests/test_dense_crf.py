@@ -100,7 +100,7 @@ def test_a_constant_image_is_smoothed_by_position(backend: BackendName) -> None:
     scores[:, 0, 10:20, 10:30] = scores[:, 1, :10] = scores[:, 1, 20:] = 0.8
     scores[0, :, 15, 20] = torch.tensor([0.4, 0.6])  # a hole
     marginals = DenseCRF(bilateral_weight=0, backend=backend)(image, scores)
-    assert marginals[0, 0, 15, 20] > 0.9
+    assert marginals[0, 0, 15, 20] > 0.8
     assert (marginals[0, 1, :8] > 0.9).all()
     constant = DenseCRF(backend=backend)(image, torch.tensor([0.7, 0.3]).view(1, 2, 1, 1).expand(1, 2, 30, 40))
     assert (constant[:, 0] > 0.99).all()
