@@ -21,7 +21,7 @@ namespace {
 
 constexpr int BLOCK = 16; // pixels that are located at once
 constexpr int64_t BAND_PIXELS = 1 << 14, MAX_BANDS = 32;
-constexpr int MAX_CHANNELS = 32;                  // of a row of values
+constexpr int MAX_CHANNELS = 24;                  // of a row of values
 constexpr int64_t PARALLEL_PIXELS = 1 << 12;      // smaller images are not worth waking threads for
 constexpr int64_t PARALLEL_VALUES = 1 << 18;      // on the vertices; blurring fewer is not worth it either
 constexpr float LARGEST_COORDINATE = 1 << 20;     // float32 has less than 3 bits for the place in a simplex beyond it
@@ -591,16 +591,22 @@ void filter_channels(const Lattice &lattice, const Real *values, Real *out, int6
 {
     if (!lattice.finite) return fill_with_nan(out, channels * lattice.pixels);
     threads = lattice.pixels < PARALLEL_PIXELS ? 1 : threads;
-    for (int64_t c = 0; c < channels; c += MAX_CHANNELS) {
-        const int count = channels - c < MAX_CHANNELS ? int(channels - c) : MAX_CHANNELS;
+    // Few widths, because each is compiled: double is not made for speed.
+    const int64_t widest = sizeof(Real) == 4 ? MAX_CHANNELS : 4;
+    for (int64_t c = 0; c < channels; c += widest) {
+        const int count = channels - c < widest ? int(channels - c) : int(widest);
         const Real *from = values + c * lattice.pixels;
         Real *to = out + c * lattice.pixels;
-        if (count == 1) filter<Row<Real, 1, 1>>(lattice, from, to, count, transposed, threads);
-        else if (count <= 4) filter<Row<Real, 4, 1>>(lattice, from, to, count, transposed, threads);
-        else if (count <= 8) filter<Row<Real, 8, 1>>(lattice, from, to, count, transposed, threads);
-        else if (count <= 16) filter<Row<Real, 8, 2>>(lattice, from, to, count, transposed, threads);
-        else if (count <= 24) filter<Row<Real, 8, 3>>(lattice, from, to, count, transposed, threads);
-        else filter<Row<Real, 8, 4>>(lattice, from, to, count, transposed, threads);
+        if constexpr (sizeof(Real) == 8)
+            filter<Row<Real, 4, 1>>(lattice, from, to, count, transposed, threads);
+        else if (count == 1)
+            filter<Row<Real, 1, 1>>(lattice, from, to, count, transposed, threads);
+        else if (count <= 4)
+            filter<Row<Real, 4, 1>>(lattice, from, to, count, transposed, threads);
+        else if (count <= 8)
+            filter<Row<Real, 8, 1>>(lattice, from, to, count, transposed, threads);
+        else
+            filter<Row<Real, 8, 3>>(lattice, from, to, count, transposed, threads);
     }
 }
 
@@ -759,7 +765,7 @@ int64_t lattices_vertices(const Lattices *lattices)
 FILTER(float)
 FILTER(double)
 
-// Write the marginals of `num_iter` steps of mean field [batch][channels][height][width], of at most 32 channels, for
+// Write the marginals of `num_iter` steps of mean field [batch][channels][height][width], of at most 24 channels, for
 // sums of `count` filters with the given strengths. count is at least 1.
 int lattices_mean_field(const Lattices *const *filters, const double *strengths, int64_t count, const float *logits,
                         float *out, int64_t batch, int64_t channels, int64_t num_iter, int64_t threads)
@@ -779,8 +785,7 @@ int lattices_mean_field(const Lattices *const *filters, const double *strengths,
             if (c <= 4) mean_field<Row<float, 4, 1>>(lattices, strengths, from, to, c, num_iter, inner);
             else if (c <= 8) mean_field<Row<float, 8, 1>>(lattices, strengths, from, to, c, num_iter, inner);
             else if (c <= 16) mean_field<Row<float, 8, 2>>(lattices, strengths, from, to, c, num_iter, inner);
-            else if (c <= 24) mean_field<Row<float, 8, 3>>(lattices, strengths, from, to, c, num_iter, inner);
-            else mean_field<Row<float, 8, 4>>(lattices, strengths, from, to, c, num_iter, inner);
+            else mean_field<Row<float, 8, 3>>(lattices, strengths, from, to, c, num_iter, inner);
         });
     });
 }

@@ -13,7 +13,7 @@ from ..eager.filters import Filter
 from . import library
 
 # The widest row of values in lattice.cpp.
-MAX_CHANNELS = 32
+MAX_CHANNELS = 24
 ERRORS = {
     1: (MemoryError, "not enough memory for the lattice of {}"),
     2: (ValueError, "{} spans too many sigmas for the lattice: its features exceed 2^20; use backend='eager'"),
