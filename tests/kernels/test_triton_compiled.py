@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from wsseg_layers.kernels import VARIANTS  # noqa: E402
-from wsseg_layers.kernels.backends.triton import affinities, propagation  # noqa: E402
+from wsseg_layers.kernels.backends.triton import affinities, filters, propagation  # noqa: E402
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 TARGETS = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)]
@@ -73,3 +73,20 @@ def test_propagation(transposed: bool, channels: int, dtype: str, target: GPUTar
         assert len(re.findall(r"(?:global|buffer)_load_dwordx4", compiled.asm["amdgcn"])) >= 8
     else:
         assert len(re.findall(r"ld\.global\S*\.v4", compiled.asm["ptx"])) >= 8
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@pytest.mark.parametrize("channels", [3, 21])
+def test_gaussian_sum(channels: int, target: GPUTarget, tmp_path: Path) -> None:
+    config = filters.launch_config(channels)
+    num_warps = config.pop("num_warps")
+    kernel = filters.gaussian_sum_kernel
+    pointers = dict.fromkeys(["values", "image", "out"], "*fp32")
+    sizes = dict.fromkeys(["channels", "height", "width"], "i32") | dict.fromkeys(["scale_xy", "scale_rgb"], "fp32")
+    source = ASTSource(
+        fn=kernel,
+        signature=pointers | sizes | dict.fromkeys(config, "constexpr"),
+        constexprs=config,
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+    )
+    assert_no_spills(triton.compile(source, target=target, options={"num_warps": num_warps}), target, tmp_path)
