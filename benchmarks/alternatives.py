@@ -1,6 +1,7 @@
-"""Other ways to propagate on a CPU without a [B, C, N, H, W] stack: what the library's two ways were chosen over.
+"""Other ways to propagate on a CPU without a [B, C, N, H, W] stack, beside which those of the library were chosen.
 
-All take masks [1, C, H, W] and the affinity [1, N, H, W], and return the refined masks.
+All take masks [B, C, H, W] and the affinity [B, N, H, W], and return the refined masks; the sparse matrix takes one
+image.
 """
 
 from collections.abc import Sequence
@@ -8,6 +9,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from benchmarks import published
 
 
 def offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
@@ -30,7 +33,7 @@ def shifted_views(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_
 
 
 def sparse_matrix(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
-    """Multiply a sparse matrix, a row a pixel, with the pixels' rows of channels."""
+    """Multiply a sparse matrix, one row per pixel, with the table of pixels and channels."""
     _, channels, height, width = mask.shape
     dy, dx = torch.tensor(offsets(dilations)).unbind(1)
     row = (torch.arange(height)[:, None] + dy).clamp(0, height - 1)
@@ -38,7 +41,7 @@ def sparse_matrix(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_
     index = (row[:, None] * width + column).flatten()
     starts = torch.arange(0, index.numel() + 1, affinity.shape[1])
     values = affinity[0].permute(1, 2, 0).flatten()
-    # A neighbour that the border replicates stands more than once in its row, which the product does not mind.
+    # A neighbour that the border replicates appears more than once in its row; the product adds all of them up.
     matrix = torch.sparse_csr_tensor(starts, index, values, (height * width, height * width), check_invariants=False)
     table = mask[0].flatten(1).t().contiguous()
     for _ in range(num_iter):
@@ -47,15 +50,18 @@ def sparse_matrix(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_
 
 
 def interleaved_rows(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
-    """Add up shifted views of maps laid out [H, C, W], so that all classes of a row find its weights in the cache."""
-    height = mask.shape[2]
-    width = mask.shape[3]
+    """Add up shifted views of maps laid out [H, C, W]: the weights of a row stay in the cache for all classes."""
+    height, width = mask.shape[2:]
     reach = max(dilations)
-    maps, weights = mask[0].transpose(0, 1).contiguous(), affinity[0].transpose(0, 1).contiguous()
-    for _ in range(num_iter):
-        padded = F.pad(maps.transpose(0, 1)[None], [reach] * 4, mode="replicate")[0].transpose(0, 1).contiguous()
-        maps = interleaved_step(padded, weights, height, width, reach, tuple(offsets(dilations)))
-    return maps.transpose(0, 1)[None]
+    shifts = tuple(offsets(dilations))
+    results = []
+    for image, image_affinity in zip(mask, affinity, strict=True):
+        maps, weights = image.transpose(0, 1).contiguous(), image_affinity.transpose(0, 1).contiguous()
+        for _ in range(num_iter):
+            padded = F.pad(maps.transpose(0, 1)[None], [reach] * 4, mode="replicate")[0].transpose(0, 1).contiguous()
+            maps = interleaved_step(padded, weights, height, width, reach, shifts)
+        results.append(maps.transpose(0, 1))
+    return torch.stack(results)
 
 
 @torch.compile(dynamic=False)
@@ -68,3 +74,14 @@ def interleaved_step(
         rows, columns = slice(reach + dy, reach + dy + height), slice(reach + dx, reach + dx + width)
         total = total + weights[:, n : n + 1] * padded[rows, :, columns]
     return total
+
+
+@torch.compile(dynamic=False)
+def compiled_affinity(image: Tensor, dilations: Sequence[int]) -> Tensor:
+    """Return PAMR's affinity [B, N, H, W] as the published form computes it, compiled."""
+    return published.affinity(image, dilations)
+
+
+def interleaved_pamr(image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
+    """Return the refined mask: the fastest form for `torch.compile` on a CPU that was found."""
+    return interleaved_rows(mask, compiled_affinity(image, dilations), dilations, num_iter)

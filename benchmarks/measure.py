@@ -1,11 +1,12 @@
-"""Timing: correctness first, then all competitors in turn, in one process, until time is up."""
+"""Timing: first the results are compared, then all competitors are called in turn, in one process."""
 
 import ctypes
+import functools
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,35 +15,78 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from benchmarks.processor import load_bound
+
 Mode = Literal["smoke", "quick", "full"]
 Function = Callable[[], Any]
-SECONDS = {"smoke": 0.0, "quick": 0.4, "full": 3.0}  # for each competitor, its first call aside
-FEWEST_CALLS = {"smoke": 0, "quick": 1, "full": 3}
+SECONDS = {"smoke": 0.0, "quick": 0.3, "full": 1.0}  # for each competitor, its first call aside
+FEWEST_CALLS = {"smoke": 0, "quick": 1, "full": 5}
 MOST_CALLS = 50
+MOST_SECONDS = 10.0  # no further call after these, however few there were
+
+# The C library gives large blocks back to the system when they are freed, and each new block is filled with zeros page
+# by page when it is first touched. With these variables a process keeps what it has.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One competitor at one size: seconds of every call, and the memory that a call needs."""
+    """One competitor at one size.
+
+    Attributes:
+        title: title of the table.
+        size: name of the size.
+        competitor: name of the competitor.
+        seconds: time of each call, with the allocator as it is by default.
+        memory_mib: memory that a call needs.
+        values: the numbers that the size consists of, for the plots.
+        bound: seconds that the hardware needs at least.
+        kept: time of each call in a process that keeps its memory.
+    """
 
     title: str
     size: str
     competitor: str
     seconds: tuple[float, ...]
     memory_mib: float | None
-    values: Mapping[str, float]  # what the size is made of, for the plots
+    values: Mapping[str, float]
+    bound: float | None = None
+    kept: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
-        """Return the median time."""
+        """Return the median time with the default allocator."""
         return statistics.median(self.seconds)
+
+    @property
+    def kept_median(self) -> float | None:
+        """Return the median time with memory kept, where it was measured."""
+        return statistics.median(self.kept) if self.kept else None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Return what identifies the row."""
+        return self.title, self.size, self.competitor
 
 
 @dataclass
 class Bench:
-    """Compares competitors; what it measured is in `rows`, and in `notes` what fits no row."""
+    """Compares competitors.
+
+    Attributes:
+        mode: "smoke" (compare the results only), "quick" or "full".
+        keeps_memory: whether this process was started with `KEEP_MEMORY`.
+        rows: what was measured.
+        notes: what was measured and is no row.
+        say: called with each line that is shown at once.
+    """
 
     mode: Mode
+    keeps_memory: bool = False
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     say: Callable[[str], object] = print
@@ -56,9 +100,14 @@ class Bench:
         """Return the size for the mode."""
         return {"smoke": smoke, "quick": quick, "full": full}[self.mode]
 
+    @property
+    def compiles(self) -> bool:
+        """Whether competitors are compiled: in the full run, where there is a compiler."""
+        return self.mode == "full" and (self.device.type != "cpu" or compiler() is not None)
+
     def compiled(self, competitors: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-        """Return competitors compiled by `torch.compile`, where that can be done and is timed: in the full run."""
-        if self.mode != "full" or (self.device.type == "cpu" and compiler() is None):
+        """Return competitors compiled by `torch.compile`, or none if nothing is compiled."""
+        if not self.compiles:
             return {}
         torch._dynamo.reset()
         return {name: torch.compile(function, dynamic=False) for name, function in competitors.items()}
@@ -69,9 +118,19 @@ class Bench:
         size: str,
         competitors: Mapping[str, Function],
         tolerance: float | None = 1e-4,
+        bound: float | None = None,
         **values: float,
     ) -> None:
-        """Check that all give what the first one does, then time them in turn. A tolerance of None checks nothing."""
+        """Check that all return what the first one returns, then time them in turn.
+
+        Args:
+            title: title of the table.
+            size: name of the size.
+            competitors: functions without arguments, the first one ours.
+            tolerance: relative and absolute tolerance of the results; None checks nothing.
+            bound: seconds that the hardware needs at least, for the competitors whose names start with "ours".
+            values: the numbers that the size consists of, for the plots.
+        """
         results = {name: function() for name, function in competitors.items()}
         first, *others = results.values()
         for other in others if tolerance is not None else ():
@@ -89,17 +148,28 @@ class Bench:
                     timed()
                 else:  # memory is that of the first timed call: there are formulations that take 10 s
                     memory[name] = self.memory(timed)
-                calls, enough = len(seconds[name]), sum(seconds[name]) > SECONDS[self.mode]
-                if (enough and calls >= FEWEST_CALLS[self.mode]) or calls >= MOST_CALLS:
+                calls, spent = len(seconds[name]), sum(seconds[name])
+                enough = spent > SECONDS[self.mode] and calls >= FEWEST_CALLS[self.mode]
+                if enough or calls >= MOST_CALLS or spent > MOST_SECONDS:
                     del waiting[name]
         for name in competitors:
-            row = Row(title, size, name, tuple(seconds[name]), memory[name], values)
+            own_bound = bound if name.startswith("ours") else None
+            row = Row(title, size, name, tuple(seconds[name]), memory[name], values, own_bound)
             self.rows.append(row)
-            self.say(f"{title:24} {size:22} {name:28} {row.median * 1e3:10.3f} ms")
+            kept = " with memory kept" if self.keeps_memory else ""
+            self.say(f"{title:30} {size:16} {name:28} {row.median * 1e3:10.3f} ms{kept}")
+
+    def bound(self, shape: Sequence[int], neighbours: int, num_iter: int) -> float | None:
+        """Return the seconds that a propagation of masks [B, C, H, W] needs at least on the device."""
+        if self.mode == "smoke":
+            return None
+        if self.device.type == "cuda":
+            return propagation_bytes(shape, neighbours, num_iter) / copy_bandwidth(self.device)
+        return load_bound(shape, neighbours, num_iter)
 
     def note(self, text: str) -> None:
-        """Note and say what was measured; a smoke run's figures mean nothing."""
-        if self.mode != "smoke":
+        """Note and say what was measured. Numbers of a smoke run mean nothing, and one process notes enough."""
+        if self.mode != "smoke" and not self.keeps_memory:
             self.notes.append(text)
             self.say(text)
 
@@ -122,6 +192,9 @@ class Bench:
 
     def memory(self, function: Function) -> float | None:
         """Return by how many MiB a call raises the peak memory of the GPU or, on Linux, of the process."""
+        if self.keeps_memory:
+            function()
+            return None
         if self.device.type != "cuda":
             return resident_memory(function)
         torch.cuda.synchronize()
@@ -133,7 +206,7 @@ class Bench:
 
 
 def resident_memory(function: Function) -> float | None:
-    """Return by how many MiB a call raises the process's peak memory; None where the system does not tell."""
+    """Return by how many MiB a call raises the peak memory of the process; None where the system does not tell."""
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed and the C library keeps
@@ -164,8 +237,15 @@ def forward_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Functi
     return run
 
 
+def propagation_bytes(shape: Sequence[int], neighbours: int, num_iter: int) -> float:
+    """Return the bytes of float32 that must move: the weights and twice the masks [B, C, H, W], per iteration."""
+    batch, channels, height, width = shape
+    return 4.0 * batch * (neighbours + 2 * channels) * height * width * num_iter
+
+
+@functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Return the bytes a second that a copy of 256 MiB reads and writes: what memory gives at best."""
+    """Return the bytes per second that a copy of 256 MiB reads and writes: the most that memory gives."""
     source = torch.ones(64 * 2**20, device=device)
     target = torch.empty_like(source)
     bench = Bench("quick")

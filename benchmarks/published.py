@@ -1,10 +1,10 @@
-"""PAMR as its published users write it: the peer that every benchmark stands beside.
+"""PAMR, PAR and the other layers in the form in which repositories use them: the peers of the benchmarks.
 
-Replicate padding, a depthwise convolution with fixed one-hot filters for every dilation, a [B, C, N, H, W] stack,
-standard deviation, softmax, product and sum. Written from the definition, for clarity and not for speed.
+PAMR and PAR: replicate padding, a convolution with fixed one-hot filters per dilation, a [B, C, N, H, W] stack,
+standard deviation, softmax, product and sum. Written from the definition.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def one_hot_filters(positions: Sequence[int]) -> Tensor:
-    """Return 3x3 filters [len(positions), 1, 3, 3], each picking one position of the window (row-major)."""
+    """Return 3x3 filters [len(positions), 1, 3, 3]; each copies one position of the window (row-major)."""
     filters = torch.zeros(len(positions), 9)
     filters[torch.arange(len(positions)), torch.tensor(positions)] = 1
     return filters.view(-1, 1, 3, 3)
@@ -24,7 +24,7 @@ NEIGHBOURS = one_hot_filters([position for position in range(9) if position != C
 
 
 def stack(x: Tensor, filters: Tensor, dilations: Sequence[int]) -> Tensor:
-    """Return the filters' outputs for every dilation, [B, C, len(filters) * len(dilations), H, W]."""
+    """Return the outputs of the filters for each dilation, [B, C, len(filters) * len(dilations), H, W]."""
     batch, channels, height, width = x.shape
     maps = x.reshape(batch * channels, 1, height, width)
     filters = filters.to(x)
@@ -68,8 +68,44 @@ def par(imgs: Tensor, masks: Tensor, dilations: Sequence[int], num_iter: int) ->
     return propagate(masks, par_affinity(imgs, dilations), dilations, num_iter)
 
 
+def pseudo_labels(
+    refine: Callable[[Tensor, Tensor], Tensor],
+    images: Tensor,
+    cams: Tensor,
+    labels: Tensor,
+    high: float = 0.7,
+    low: float = 0.25,
+    ignore_index: int = 255,
+) -> Tensor:
+    """Return the pseudo labels [B, H, W] of CAMs [B, C, H, W] as AFA, ToCo and their successors make them.
+
+    Two background scores are put before all CAMs and resized with them; then every image is refined twice, by itself.
+    """
+    size = images.shape[2:]
+    half = (size[0] // 2, size[1] // 2)
+    small = F.interpolate(images, half, mode="bilinear", align_corners=False)
+    result = torch.full((len(images), *size), ignore_index, device=images.device)
+    resized = []
+    for score in (high, low):
+        background = torch.full_like(cams[:, :1], score)
+        with_background = torch.cat([background, cams], dim=1)
+        resized.append(F.interpolate(with_background, half, mode="bilinear", align_corners=False))
+    for b, row in enumerate(labels):
+        channels = torch.cat([row.new_ones(1), row]).nonzero()[:, 0]
+        candidates = []
+        for maps in resized:
+            refined = refine(small[b : b + 1], maps[b, channels][None].softmax(dim=1))
+            refined = F.interpolate(refined, size, mode="bilinear", align_corners=False)
+            candidates.append(channels[refined.argmax(dim=1)[0]])
+        with_high, with_low = candidates
+        result[b] = with_high
+        result[b, with_high == 0] = ignore_index
+        result[b, (with_high == 0) & (with_low == 0)] = 0
+    return result
+
+
 def shifted_pamr(image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
-    """Return PAMR's result with a sum over shifted views of the padded mask: the form that compilers fuse best."""
+    """Return PAMR's result as a sum over shifted views of the padded mask, which compilers fuse."""
     weights = affinity(image, dilations)
     height, width = mask.shape[-2:]
     reach = max(dilations)
@@ -95,7 +131,7 @@ def size_penalty(masks: Tensor, p: float = 3, lam: float = 0.01) -> Tensor:
 
 
 def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3) -> Tensor:
-    """Return the stochastic gate's result, eq. 9, with a binary r of its own draw."""
+    """Return the stochastic gate's result, eq. 9, with a binary r that is drawn here."""
     r = (torch.rand_like(deep) < mixing_rate).to(deep.dtype)
     return (1 - r) * (deep - mixing_rate * shallow) / (1 - mixing_rate) + r * shallow
 

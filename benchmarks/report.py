@@ -2,22 +2,28 @@
 
 import csv
 import platform
+import statistics
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.measure import Bench, Row, copy_bandwidth
+from benchmarks.measure import KEEP_MEMORY, Bench, Row, copy_bandwidth, propagation_bytes
+from benchmarks.processor import LOADS_PER_CYCLE, clock, cpu_model, register_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
+README = RESULTS.parents[1] / "README.md"
+README_START, README_END = "<!-- speed: benchmarks/report.py writes this part -->", "<!-- end of speed -->"
+COLUMNS = ("median_ms", "min_ms", "max_ms", "calls")
 AXES = ("side", "classes", "dilations", "iterations")
 BASE = {"classes": 21, "dilations": 6, "iterations": 10}
 
 
 def write_report(bench: Bench) -> Path:
-    """Write `<device>.md`, `.csv` and `.png` (quick runs beside them, apart), and return their folder."""
+    """Write `<device>.md`, `.csv` and `.png` (those of quick runs into a folder of their own); return the folder."""
     folder = RESULTS if bench.mode == "full" else RESULTS / "quick"
     folder.mkdir(parents=True, exist_ok=True)
     name = bench.device.type
@@ -25,54 +31,208 @@ def write_report(bench: Bench) -> Path:
     (folder / f"{name}.md").write_text(markdown(bench, bandwidth))
     with (folder / f"{name}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["title", "size", "competitor", "median_ms", "min_ms", "max_ms", "calls", "memory_mib"])
+        writer.writerow(
+            ["title", "size", "competitor", *COLUMNS, *(f"kept_{name}" for name in COLUMNS), "bound_ms", "memory_mib"]
+        )
         for row in bench.rows:
-            milliseconds = [f"{1e3 * x:.4f}" for x in (row.median, min(row.seconds), max(row.seconds))]
+            bound = "" if row.bound is None else f"{1e3 * row.bound:.4f}"
             memory = "" if row.memory_mib is None else f"{row.memory_mib:.1f}"
-            writer.writerow([row.title, row.size, row.competitor, *milliseconds, len(row.seconds), memory])
+            writer.writerow([*row.key, *summary(row.seconds), *summary(row.kept), bound, memory])
     plot(bench, bandwidth).savefig(folder / f"{name}.png", dpi=100)
+    if bench.mode == "full" and name == "cpu":
+        update_readme()
     return folder
 
 
+def read_csv(file: Path) -> list[Row]:
+    """Return the rows that were written, each with three times: the median, the fastest and the slowest."""
+
+    def times(entries: dict[str, str], prefix: str) -> tuple[float, ...]:
+        values = [entries.get(f"{prefix}{name}_ms") for name in ("median", "min", "max")]
+        return tuple(float(value) / 1e3 for value in values if value)
+
+    rows = []
+    with file.open(newline="") as lines:
+        for entries in csv.DictReader(lines):
+            memory = float(entries["memory_mib"]) if entries["memory_mib"] else None
+            title, size, competitor = entries["title"], entries["size"], entries["competitor"]
+            rows.append(Row(title, size, competitor, times(entries, ""), memory, {}, kept=times(entries, "kept_")))
+    return rows
+
+
+def update_readme() -> None:
+    """Write the table of the README anew, from the results."""
+    text = README.read_text()
+    before, rest = text.split(README_START)
+    after = rest.split(README_END)[1]
+    table = readme_text(read_csv(RESULTS / "cpu.csv"))
+    README.write_text(f"{before}{README_START}\n\n{table}\n\n{README_END}{after}")
+
+
+def readme_text(rows: Sequence[Row]) -> str:
+    """Return the ratios in one paragraph, and the table of PAMR: ours, the published and the fastest compiled form."""
+    pamr = [row for row in rows if row.title == "PAMR"]
+    sizes = {size: [row for row in pamr if row.size == size] for size in dict.fromkeys(row.size for row in pamr)}
+    columns = Columns(has_kept=any(row.kept for row in pamr), has_bound=False)
+    header, line, *_ = columns.header()
+    lines = [header.replace("| size |", "| batch x classes x height x width |"), line]
+    for competitors in sizes.values():
+        ours, compiled = competitors[0], fastest_compiled(competitors)
+        shown = [row for row in competitors if row.competitor.startswith("ours") or row.competitor == "published"]
+        lines += [columns.line(row, ours) for row in [*shown, *([compiled] if compiled else [])]]
+    published = [(row, group[0]) for group in sizes.values() for row in group if row.competitor == "published"]
+    compiled_pairs = [(row, group[0]) for group in sizes.values() if (row := fastest_compiled(group))]
+    sentences = f"The published form takes {ratios(published)} times as long as ours."
+    if compiled_pairs:
+        sentences += f"\nThe fastest form that `torch.compile` makes takes {ratios(compiled_pairs)} times as long."
+    if columns.has_kept:
+        sentences += (
+            '\n"Default" is the allocator of the C library as it is: the published form then spends most of its time on'
+            '\nmemory that is returned to the system and requested again. "Memory kept" is a process that keeps it.'
+        )
+    else:
+        sentences += (
+            "\nThese times are with the default allocator of the C library: the published form spends most of its time"
+            "\non memory that is returned to the system and requested again. Its ratio is several times smaller in a"
+            "\nprocess that keeps its memory."
+        )
+    return "\n".join([sentences, "", *lines])
+
+
+def fastest_compiled(competitors: Sequence[Row]) -> Row | None:
+    """Return the fastest compiled row of a size."""
+    compiled = [row for row in competitors if row.competitor.endswith(", compiled")]
+    return min(compiled, key=lambda row: row.kept_median or row.median, default=None)
+
+
+def ratios(pairs: Sequence[tuple[Row, Row]]) -> str:
+    """Return the range of the ratios of pairs (peer, ours), those with memory kept first."""
+    kept = [peer.kept_median / ours.kept_median for peer, ours in pairs if peer.kept_median and ours.kept_median]
+    default = [peer.median / ours.median for peer, ours in pairs]
+    texts = [f"{min(values):.3g} to {max(values):.3g}" for values in (kept, default) if values]
+    return f"{texts[0]} (with the default allocator: {texts[1]})" if kept else texts[0]
+
+
+def summary(seconds: Sequence[float]) -> list[str]:
+    """Return the entries of the columns `COLUMNS`, empty if nothing was measured."""
+    if not seconds:
+        return [""] * len(COLUMNS)
+    milliseconds = (statistics.median(seconds), min(seconds), max(seconds))
+    return [*(f"{1e3 * x:.4f}" for x in milliseconds), str(len(seconds))]
+
+
 def markdown(bench: Bench, bandwidth: float) -> str:
-    """Return a table a title: the median time of every competitor, its spread, and how it compares with ours."""
+    """Return the tables: the median time of each competitor, its spread, and its ratio to ours."""
     command = "--benchmark" if bench.mode == "full" else "--benchmark-quick"
+    has_kept = any(row.kept for row in bench.rows)
     lines = [
         f"# Benchmarks on {device_name(bench.device)}",
         "",
-        f"`pytest benchmarks/ {command}`, {date.today()}, PyTorch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads; a copy moves {bandwidth / 1e9:.0f} GB/s.",
-        "Medians of calls in turn, in one process; in brackets fastest and slowest; ratios are to the first line.",
+        f"`pytest benchmarks/ {command}`, {date.today()}; a copy moves {bandwidth / 1e9:.0f} GB/s.",
+        f"{versions(bench.device)}.",
+        "",
+        "Medians of calls in turn, in one process; in brackets the fastest and the slowest.",
+        "Ratios are to the first line of the same size.",
     ]
+    if has_kept:
+        lines += [
+            "",
+            '"Memory kept": the process keeps the memory that is freed, by these variables of the C library:',
+            f"{', '.join(f'`{name}`' for name in KEEP_MEMORY)}.",
+            '"Default": the C library returns large blocks to the system, which fills each new block with zeros.',
+            "Formulations with large intermediate tensors spend much of their time there.",
+        ]
+    if any(row.bound for row in bench.rows):
+        lines += ["", bound_text(bench.device)]
     for title in dict.fromkeys(row.title for row in bench.rows):
-        lines += ["", f"## {title}", "", "| size | | ms | ratio | peak MiB |", "|:--|:--|--:|--:|--:|"]
         rows = [row for row in bench.rows if row.title == title]
+        columns = Columns(has_kept, any(row.bound for row in rows))
+        lines += ["", f"## {title}", "", *columns.header()]
         for size in dict.fromkeys(row.size for row in rows):
             same_size = [row for row in rows if row.size == size]
-            lines += [table_line(row, same_size[0]) for row in same_size]
+            lines += [columns.line(row, same_size[0]) for row in same_size]
     if bench.notes:
         lines += ["", "## Memory and first use", "", "\n\n".join(bench.notes)]
     return "\n".join(lines) + "\n"
 
 
-def table_line(row: Row, first: Row) -> str:
-    """Return a competitor's line of the table."""
-    spread = f"{1e3 * row.median:.4g} ({1e3 * min(row.seconds):.4g} to {1e3 * max(row.seconds):.4g})"
-    memory = "" if row.memory_mib is None else f"{row.memory_mib:.0f}"
-    return f"| {row.size} | {row.competitor} | {spread} | {row.median / first.median:.3g} | {memory} |"
+class Columns(NamedTuple):
+    """The columns of a table: with or without the times with memory kept, and the fraction of the bound."""
+
+    has_kept: bool
+    has_bound: bool
+
+    def header(self) -> list[str]:
+        """Return the first two lines of the table."""
+        names = ["size", ""]
+        names += ["memory kept: ms", "ratio", "default: ms", "ratio"] if self.has_kept else ["ms", "ratio"]
+        names += ["of the bound"] if self.has_bound else []
+        names += ["peak MiB"]
+        return [table_line(names), table_line([":--", ":--", *["--:"] * (len(names) - 2)]).replace(" ", "")]
+
+    def line(self, row: Row, first: Row) -> str:
+        """Return the line of a competitor; `first` is ours at the same size."""
+        cells = [row.size, row.competitor]
+        if self.has_kept:
+            kept, first_kept = row.kept_median, first.kept_median
+            cells += [spread(row.kept), "" if kept is None or first_kept is None else f"{kept / first_kept:.3g}"]
+        cells += [spread(row.seconds), f"{row.median / first.median:.3g}"]
+        if self.has_bound:
+            fastest = min(row.median, row.kept_median or row.median)
+            cells += ["" if row.bound is None else f"{100 * row.bound / fastest:.0f} %"]
+        cells += ["" if row.memory_mib is None else f"{row.memory_mib:.0f}"]
+        return table_line(cells)
+
+
+def table_line(cells: Sequence[str]) -> str:
+    """Return a line of a table."""
+    return "| " + " | ".join(cells) + " |"
+
+
+def spread(seconds: Sequence[float]) -> str:
+    """Return the median, fastest and slowest time in milliseconds."""
+    if not seconds:
+        return ""
+    milliseconds = [f"{1e3 * x:.4g}" for x in (statistics.median(seconds), min(seconds), max(seconds))]
+    return "{} ({} to {})".format(*milliseconds)
+
+
+def versions(device: torch.device) -> str:
+    """Return the versions and the number of threads that the times depend on."""
+    parts = [f"PyTorch {torch.__version__}", f"Python {platform.python_version()}", " ".join(platform.libc_ver())]
+    if device.type == "cpu":
+        parts += [torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"]
+        parts += [f"{hertz / 1e9:.2f} GHz measured"] if (hertz := clock()) else []
+    return ", ".join(part for part in parts if part)
+
+
+def bound_text(device: torch.device) -> str:
+    """Return what the bound is."""
+    if device.type == "cuda":
+        return (
+            '"Of the bound": the time that moving the weights and twice the masks in float32 takes at the speed of a\n'
+            "copy, as a fraction of the measured time."
+        )
+    return (
+        '"Of the bound": the time that the load ports need for the propagation, as a fraction of the measured time.\n'
+        "In each iteration each pixel reads 48 x (classes + 1) values.\n"
+        f"A load of {register_bytes()} bytes reads them for {register_bytes() // 4} pixels;"
+        f" each thread makes {LOADS_PER_CYCLE} loads per cycle at the measured clock."
+    )
 
 
 def plot(bench: Bench, bandwidth: float) -> Figure:
-    """Draw PAMR's time over each axis of its size, with what moving the affinity and the masks alone would take."""
+    """Draw the time of PAMR over each axis of its size, and the time that moving affinity and masks takes alone."""
     figure = Figure(figsize=(14, 3.6), layout="constrained")
     for axis, axes in zip(AXES, figure.subplots(1, len(AXES)), strict=True):
         rows = [row for row in bench.rows if row.title == f"PAMR over {axis}"]
         for competitor in dict.fromkeys(row.competitor for row in rows):
             own = [row for row in rows if row.competitor == competitor]
-            axes.loglog([row.values[axis] for row in own], [1e3 * row.median for row in own], "o-", label=competitor)
+            times = [1e3 * (row.kept_median or row.median) for row in own]
+            axes.loglog([row.values[axis] for row in own], times, "o-", label=competitor)
         steps = sorted({row.values[axis] for row in rows})
         if steps:
-            limits = [1e3 * memory_bytes(row_size(bench, axis, step)) / bandwidth for step in steps]
+            limits = [1e3 * least_bytes(bench, axis, step) / bandwidth for step in steps]
             axes.loglog(steps, limits, "k--", linewidth=1, label="memory alone")
         axes.set(xlabel=axis, ylabel="ms")
         axes.set_xticks(steps, [f"{step:g}" for step in steps], minor=False)
@@ -83,27 +243,15 @@ def plot(bench: Bench, bandwidth: float) -> Figure:
     return figure
 
 
-def row_size(bench: Bench, axis: str, step: float) -> dict[str, float]:
-    """Return the size of a point of the plot."""
-    return {"side": float(bench.size(smoke=12, quick=64, full=128)), **BASE, axis: step}
-
-
-def memory_bytes(size: dict[str, float]) -> float:
-    """Return the bytes of float32 that must move: the affinity and twice the masks, every iteration."""
-    values = 8 * size["dilations"] + 2 * size["classes"]
-    return 4 * values * size["side"] ** 2 * size["iterations"]
+def least_bytes(bench: Bench, axis: str, step: float) -> float:
+    """Return the bytes that must move at a point of the plot."""
+    size = {"side": bench.size(smoke=12, quick=64, full=128), **BASE, axis: int(step)}
+    shape = (1, size["classes"], size["side"], size["side"])
+    return propagation_bytes(shape, 8 * size["dilations"], size["iterations"])
 
 
 def device_name(device: torch.device) -> str:
-    """Return the GPU's name, or what is known of the CPU."""
+    """Return the name of the GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    return f"{cpu_model()}, {torch.get_num_threads()} threads"
-
-
-def cpu_model() -> str:
-    """Return the processor's name where Linux tells it."""
-    path = Path("/proc/cpuinfo")
-    lines: Sequence[str] = path.read_text().splitlines() if path.is_file() else ()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return cpu_model()

@@ -1,4 +1,4 @@
-"""Propagation on a CPU by the library's C++ and its gather, and by the other ways that were tried."""
+"""Propagation on a CPU: the backends of the library, and the other ways that were tried."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.alternatives import interleaved_rows, shifted_views, sparse_matrix
-from benchmarks.measure import Bench, compiler
+from benchmarks.measure import Bench
 from wsseg_layers.kernels import pamr_affinity, pamr_propagate
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -20,14 +20,15 @@ def test_propagation(bench: Bench, classes: int) -> None:
     torch.manual_seed(0)
     mask = torch.rand(1, classes, side, side).softmax(dim=1)
     image = torch.rand(1, 3, side, side)
-    # Each reads the weights as its own affinity lays them out.
-    affinity, gathered = (pamr_affinity(image, DILATIONS, backend=backend) for backend in ("auto", "eager"))
+    # Each backend reads the weights in the memory layout of its own affinity.
+    affinity, eager = (pamr_affinity(image, DILATIONS, backend=backend) for backend in ("auto", "eager"))
     ways = {"shifted views": shifted_views, "sparse matrix": sparse_matrix}
-    if bench.mode == "full" and compiler():
+    if bench.compiles:
         ways["interleaved rows, compiled"] = interleaved_rows
     competitors = {
         "ours": partial(pamr_propagate, mask, affinity, DILATIONS, num_iter),
-        "ours, backend='eager'": partial(pamr_propagate, mask, gathered, DILATIONS, num_iter, backend="eager"),
-        **{name: partial(way, mask, gathered, DILATIONS, num_iter) for name, way in ways.items()},
+        "ours, backend='eager'": partial(pamr_propagate, mask, eager, DILATIONS, num_iter, backend="eager"),
+        **{name: partial(way, mask, eager, DILATIONS, num_iter) for name, way in ways.items()},
     }
-    bench.compare("propagation alone", "x".join(map(str, mask.shape)), competitors)
+    bound = bench.bound(mask.shape, 8 * len(DILATIONS), num_iter)
+    bench.compare("PAMR, propagation alone", "x".join(map(str, mask.shape)), competitors, bound=bound)

@@ -1,8 +1,9 @@
-"""PAMR and PAR beside the published formulation, and beside the best that `torch.compile` makes of it."""
+"""PAMR and PAR beside the published formulation, and beside the forms that `torch.compile` makes faster."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,25 +12,52 @@ import torch
 from torch import Tensor
 
 from benchmarks import published
-from benchmarks.measure import Bench
+from benchmarks.alternatives import interleaved_pamr
+from benchmarks.measure import Bench, forward_backward
 from wsseg_layers.functional import pamr, par
+from wsseg_layers.kernels import BackendName, pamr_affinity, pamr_propagate
 from wsseg_layers.kernels.backends.cpp import library
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 NUM_ITER = 10
 
-# What the shapes stand for: a training batch, a training crop, a crop with a foreground and a background.
-FULL = {"training": (16, 21, 81, 81), "crop": (1, 21, 321, 321), "two classes": (1, 2, 321, 321)}
-QUICK = {"training": (2, 21, 81, 81), "crop": (1, 21, 96, 96), "two classes": (1, 2, 96, 96)}
-SMOKE = {"training": (2, 5, 9, 7), "crop": (1, 4, 20, 30), "two classes": (1, 2, 8, 8)}
+NEIGHBOURS = 8 * len(DILATIONS)
+Shape = tuple[int, int, int, int]
+
+# A training batch, a training crop, and the classes in the label of one image at two sizes.
+FULL: dict[str, Shape] = {
+    "training": (16, 21, 81, 81),
+    "crop": (1, 21, 321, 321),
+    "two classes": (1, 2, 224, 224),
+    "three classes": (1, 3, 321, 321),
+}
+QUICK: dict[str, Shape] = {
+    "training": (2, 21, 81, 81),
+    "crop": (1, 21, 96, 96),
+    "two classes": (1, 2, 64, 64),
+    "three classes": (1, 3, 96, 96),
+}
+SMOKE: dict[str, Shape] = {
+    "training": (2, 5, 9, 7),
+    "crop": (1, 4, 20, 30),
+    "two classes": (1, 2, 8, 8),
+    "three classes": (1, 3, 9, 8),
+}
+# The stacks of all iterations are kept for the backward pass: a training batch of the published form would need 8 GB.
+BACKWARD: dict[str, Shape] = {"training": (2, 21, 81, 81), "two classes": (1, 2, 224, 224)}
 
 
-def inputs(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def inputs(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return an image and a mask."""
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(shape[0], 3, *shape[2:], generator=generator)
     mask = torch.rand(shape, generator=generator).softmax(dim=1)
     return image.to(device), mask.to(device)
+
+
+def name_of(shape: Shape) -> str:
+    """Return the name of a size."""
+    return "x".join(map(str, shape))
 
 
 @torch.no_grad()
@@ -45,14 +73,58 @@ def test_refinement(bench: Bench, layer: str, case: str) -> None:
         "published": lambda: peer(image, mask, DILATIONS, NUM_ITER),
     }
     if layer == "PAMR":
-        compiled = bench.compiled(
-            {"published, compiled": published.pamr, "shifted views, compiled": published.shifted_pamr}
-        )
+        # Compiling all ten iterations takes minutes: the slower forms are compiled for one size.
+        forms = {"published, compiled": published.pamr, "shifted views, compiled": published.shifted_pamr}
+        compiled = bench.compiled(forms if case == "crop" else {})
+        if bench.compiles and bench.device.type == "cpu":
+            compiled["interleaved rows, compiled"] = interleaved_pamr  # compiles one iteration by itself
         competitors |= {
             name: partial(function, image, mask, DILATIONS, NUM_ITER) for name, function in compiled.items()
         }
-    # PAR's exponents reach thousands, of which float32 leaves two or three digits in the published form.
-    bench.compare(layer, "x".join(map(str, shape)), competitors, tolerance=1e-4 if layer == "PAMR" else 2e-2)
+    # The exponents of PAR reach thousands; the published form computes them to two or three digits in float32.
+    tolerance = 1e-4 if layer == "PAMR" else 2e-2
+    bench.compare(layer, name_of(shape), competitors, tolerance, bench.bound(shape, NEIGHBOURS, NUM_ITER))
+
+
+@pytest.mark.parametrize("case", BACKWARD)
+def test_gradient_to_the_masks(bench: Bench, case: str) -> None:
+    shape = bench.size(smoke=SMOKE[case], quick=QUICK[case], full=BACKWARD[case])
+    image, mask = inputs(shape, bench.device)
+
+    def ours(mask: Tensor, backend: BackendName = "auto") -> Tensor:
+        return pamr(image, mask, NUM_ITER, DILATIONS, backend=backend)
+
+    def peer(mask: Tensor) -> Tensor:
+        return published.pamr(image, mask, DILATIONS, NUM_ITER)
+
+    competitors: dict[str, Callable[[Tensor], Tensor]] = {
+        "ours": ours,
+        "ours, backend='eager'": partial(ours, backend="eager"),
+        "published": peer,
+    }
+    bench.compare(
+        "PAMR, forward and backward",
+        name_of(shape),
+        {name: forward_backward(function, mask) for name, function in competitors.items()},
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 16])
+def test_fixed_cost(bench: Bench, batch: int) -> None:
+    shape = (batch, 2, 8, 8)
+    image, mask = inputs(shape, bench.device)
+    affinity = pamr_affinity(image, DILATIONS)
+    competitors = {
+        "ours": partial(pamr, image, mask, NUM_ITER, DILATIONS),
+        "published": partial(published.pamr, image, mask, DILATIONS, NUM_ITER),
+    }
+    bench.compare("PAMR, fixed cost", name_of(shape), competitors)
+    parts = {
+        "ours, affinity alone": partial(pamr_affinity, image, DILATIONS),
+        "ours, propagation alone": partial(pamr_propagate, mask, affinity, DILATIONS, NUM_ITER),
+    }
+    bench.compare("PAMR, fixed cost", name_of(shape), parts, tolerance=None)
 
 
 @torch.no_grad()
@@ -72,27 +144,29 @@ def test_cost_over_size(bench: Bench, axis: str) -> None:
         dilations = DILATIONS[: values["dilations"]]
         settings = {"num_iter": values["iterations"], "dilations": dilations}
         competitors = {"ours": partial(pamr, image, mask, **settings)}
-        if mask.numel() * len(dilations) * values["iterations"] <= 2.1e7:  # a second or two
+        if mask.numel() * len(dilations) * values["iterations"] <= 2.1e7:  # it takes some seconds otherwise
             competitors["published"] = partial(published.pamr, image, mask, **settings)
         bench.compare(f"PAMR over {axis}", f"{axis} = {step}", competitors, **{axis: float(step)})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory as Linux reports it")
 def test_peak_memory(bench: Bench) -> None:
+    if bench.keeps_memory:
+        pytest.skip("measured with the default allocator")
     shape = bench.size(smoke=(1, 150, 64, 96), quick=(1, 150, 128, 128), full=(1, 150, 512, 683))
     ours = peak_memory(f"pamr(image, mask, 1, {DILATIONS})", shape)
-    # The published formulation's stack of 150 channels is larger than most memories: 10 channels are measured.
+    # The stack of the published form with 150 channels is larger than most memories: 10 channels are measured.
     peer = 15 * peak_memory(f"published.pamr(image, mask, {DILATIONS}, 1)", (1, 10, *shape[2:]))
     size = "x".join(map(str, shape))
     bench.note(
-        f"Peak memory of PAMR at {size}, in a process of its own: ours {ours:.0f} MiB, published {peer:.0f} MiB"
-        f" (15 times that of 10 classes), 1/{peer / ours:.0f}."
+        f"Peak memory of one iteration of PAMR at {size}, in a process of its own: ours {ours:.0f} MiB,"
+        f" published {peer:.0f} MiB (15 times that of 10 classes), {peer / ours:.0f} times as much."
     )
     assert ours < peer / (20 if bench.mode == "full" else 2)
 
 
 def peak_memory(statement: str, shape: tuple[int, ...]) -> float:
-    """Return by how many MiB `statement` raises a fresh process's peak over its inputs."""
+    """Return by how many MiB `statement` raises the peak memory of a fresh process over that of its inputs."""
     code = f"""
 import sys, torch
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
@@ -108,6 +182,8 @@ print(resident_memory(lambda: {statement}))
 
 @pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
 def test_first_use(bench: Bench, tmp_path: Path) -> None:
+    if bench.keeps_memory:
+        pytest.skip("measured with the default allocator")
     code = """
 import time
 from wsseg_layers.kernels.backends.cpp import library

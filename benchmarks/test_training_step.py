@@ -15,11 +15,11 @@ from wsseg_layers.functional import pamr
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from voc.backbones import build_backbone
-from voc.inference import normalise
+from voc.backbones.base import normalise
 from voc.losses import classification_loss, confident_pixels, segmentation_loss
-from voc.model import SingleStageNet, freeze_norm_statistics
+from voc.model import SingleStageNet
 from voc.pseudo_labels import pseudo_labels
-from voc.training import build_optimizer, freeze
+from voc.train.optimizer import build_optimizer, freeze, freeze_norm_statistics
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 NUM_ITER = 10

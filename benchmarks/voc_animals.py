@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 from train_voc import main as train_main  # noqa: E402
-from train_voc import parse_arguments  # noqa: E402
-from voc.metrics import iou_table, load_iou_csv  # noqa: E402
+from voc.arguments import parse_arguments  # noqa: E402
+from voc.evaluation.tables import iou_table, load_iou_csv  # noqa: E402
 
 ANIMALS = ("background", "cat", "cow", "dog", "horse", "person", "sheep")
 

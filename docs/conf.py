@@ -1,4 +1,14 @@
-"""Settings of the documentation: `sphinx-build -W docs build/docs`."""
+"""Settings of the documentation: `sphinx-build -W docs build/docs`. A page needs nothing from the network."""
+
+import os
+from importlib import resources
+
+import ziamath.fonts
+from docutils import nodes
+from math_core import LatexError, LatexToMathML
+from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.writers.html5 import HTML5Translator
 
 import wsseg_layers
 
@@ -6,11 +16,11 @@ project = "wsseg_layers"
 author = "The wsseg_layers authors"
 project_copyright = "The wsseg_layers authors, Apache-2.0"
 release = wsseg_layers.__version__
+version = ".".join(release.split(".")[:2])
 
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
@@ -25,4 +35,26 @@ napoleon_use_rtype = False
 copybutton_prompt_text = ">>> "
 
 html_theme = "furo"
-html_title = "wsseg_layers"
+# Read the Docs builds every tag and says where; search engines are sent to the stable version.
+html_title = f"wsseg_layers {os.environ.get('READTHEDOCS_VERSION_NAME', release)}"
+html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
+html_math_renderer = "mathml"
+html_static_path = ["_static", str(resources.files(ziamath.fonts) / "STIXTwoMath-Regular.ttf")]
+html_css_files = ["math.css"]
+
+_to_mathml = LatexToMathML(annotation=True, fancy_error=False)
+
+
+def _visit_math(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    """Write a formula as MathML, which browsers draw without a script."""
+    try:
+        display = isinstance(node, nodes.math_block)
+        translator.body.append(_to_mathml.convert_with_local_state(node.astext(), displaystyle=display))
+    except LatexError as error:
+        logging.getLogger(__name__).warning("formula %s: %s", node.astext(), error, location=node)
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    """Add the renderer of formulas."""
+    app.add_html_math_renderer("mathml", inline_renderers=(_visit_math, None), block_renderers=(_visit_math, None))

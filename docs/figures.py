@@ -12,16 +12,20 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-from voc.toy import OBJECTS, draw_scene  # noqa: E402
+from voc.dataset.toy import OBJECTS, draw_scene  # noqa: E402
+from voc.visualise import overlay  # noqa: E402
 
-from wsseg_layers import PAMR, PAR, DenseCRF  # noqa: E402
+from wsseg_layers import PAMR, PAR, DenseCRF, PseudoLabels  # noqa: E402
 from wsseg_layers.functional import (  # noqa: E402
+    cam_to_label,
     dense_energy_loss,
     focal_size_penalty,
     global_cue_injection,
     ngwp_pool,
+    normalise_cam,
     pamr,
     stochastic_gate,
+    threshold_pseudo_labels,
 )
 
 IMAGES = ROOT / "docs/images"
@@ -38,6 +42,8 @@ def main() -> None:
         "gci": draw_gci,
         "dense_crf": draw_dense_crf,
         "dense_energy_loss": draw_dense_energy_loss,
+        "pseudo_labels": draw_pseudo_labels,
+        "pseudo_labels_thresholds": draw_thresholds,
     }
     for name, draw in figures.items():
         torch.manual_seed(0)
@@ -55,11 +61,17 @@ def scene() -> tuple[Tensor, Tensor]:
 
 
 def row_of_pictures(
-    pictures: dict[str, Tensor], width: float = 2.2, value_range: tuple[float, float] = (0, 1)
+    pictures: dict[str, Tensor],
+    width: float = 2.2,
+    value_range: tuple[float | None, float | None] = (0, 1),
+    rows: int = 1,
+    height: float = 2.09,
 ) -> Figure:
-    """Draw images [1, 3, H, W] and maps [1, 1, H, W] side by side under their titles."""
-    figure = Figure(figsize=(width * len(pictures), width * 0.95), layout="constrained")
-    for axes, (title, picture) in zip(figure.subplots(1, len(pictures)), pictures.items(), strict=True):
+    """Draw images [1, 3, H, W] and maps [1, 1, H, W] side by side under their titles, in one row or several."""
+    columns = len(pictures) // rows
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    every_axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (title, picture) in zip(every_axes, pictures.items(), strict=True):
         if picture.shape[1] == 3:
             axes.imshow(picture[0].permute(1, 2, 0).numpy())
         else:
@@ -180,6 +192,62 @@ def draw_dense_energy_loss() -> Figure:
     change = 0.5 + 0.5 * step / step.abs().max()
     pictures = {"image": image, "coarse mask": mask, "change that the loss asks for": change}
     return row_of_pictures(pictures, width=2.8)
+
+
+def scene_of_two() -> tuple[Tensor, Tensor, Tensor]:
+    """Return an image [1, 3, H, W] of two objects, CAMs [1, C, H, W] of all classes, and image-level labels [1, C]."""
+    picture, label = draw_scene(np.random.default_rng((3, 7)))
+    image = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+    masks = torch.stack([torch.from_numpy(label == index).float() for index in range(1, len(OBJECTS) + 1)])
+    # What a classifier sees: the middle of an object more than its ends, 16 pixels at a time.
+    coarse = F.avg_pool2d(masks[None], 16)
+    coarse = F.avg_pool2d(coarse, 3, stride=1, padding=1, count_include_pad=False) * (0.3 + coarse)
+    cams = F.interpolate(normalise_cam(coarse), image.shape[2:], mode="bilinear", align_corners=False)
+    return image, cams, masks.any(dim=2).any(dim=1)[None]
+
+
+def painted(image: Tensor, labels: Tensor) -> Tensor:
+    """Return an image [1, 3, H, W] with labels [1, H, W] painted over it."""
+    return torch.from_numpy(overlay(image[0], labels[0])).permute(2, 0, 1)[None]
+
+
+def draw_pseudo_labels() -> Figure:
+    """The steps of `refine_pseudo_labels`: two background scores, refined, to labels, merged, within a box."""
+    image, cams, labels = scene_of_two()
+    height, width = image.shape[2:]
+    box = torch.tensor([[8, height - 4, 4, width - 12]])
+    first, second = torch.nonzero(labels[0])[:, 0].tolist()
+    arguments = (image, cams, labels)
+    _, before = PseudoLabels(None).labels_and_maps(*arguments)
+    merged, maps = PseudoLabels(PAR()).labels_and_maps(*arguments)
+    high, low = (PseudoLabels(PAR(), score)(*arguments) for score in (0.7, 0.25))
+    pictures = {
+        "image": image,
+        "CAM of one class": cams[:, first, None],
+        "CAM of the other": cams[:, second, None],
+        "background, high score": before[:, 0, :1],
+        "background, low score": before[:, 1, :1],
+        "high score, refined": maps[:, 0, :1],
+        "argmax, high score": painted(image, high),
+        "argmax, low score": painted(image, low),
+        "merged": painted(image, merged),
+        "within a box": painted(image, PseudoLabels(PAR())(*arguments, box)),
+    }
+    return row_of_pictures(pictures, value_range=(None, None), rows=2, height=2.6)
+
+
+def draw_thresholds() -> Figure:
+    """`cam_to_label`, and the paper's rule before and after PAMR."""
+    image, cams, labels = scene_of_two()
+    masks = torch.cat([1 - cams.amax(dim=1, keepdim=True), cams], dim=1)
+    refined = pamr(image, masks)
+    pictures = {
+        "image": image,
+        "cam_to_label": painted(image, cam_to_label(cams, labels)),
+        "threshold_pseudo_labels": painted(image, threshold_pseudo_labels(masks, labels)),
+        "after PAMR": painted(image, threshold_pseudo_labels(refined, labels)),
+    }
+    return row_of_pictures(pictures)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Train the rows of an ablation table of the paper: `python examples/ablate_voc.py --table 1b --data VOC_ROOT`.
 
-Arguments that are not listed here go to train_voc.py, for every row. Rows that are finished are not trained again, and
-one that was interrupted goes on: repeat the command until the table is complete.
+All other arguments are passed to train_voc.py, for every row. Finished rows are not trained again, and an interrupted
+row goes on: repeat the command until the table is complete.
 """
 
-import csv
 import shlex
 import subprocess
 import sys
@@ -14,8 +13,14 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from tables_voc import StepError, measure, segment_once, trained_methods
+from torch import Tensor
 from voc.arguments import parse_arguments
-from voc.metrics import load_iou_csv, mean_iou
+from voc.dataset.toy import toy_voc
+from voc.evaluation.metrics import mean_iou
+from voc.evaluation.tables import load_iou_csv, markdown
+from voc.files.whole import write_csv_whole, write_text_whole
+from voc.settings import Settings
 
 TRAIN = Path(__file__).resolve().parent / "train_voc.py"
 HALF = ["--mixing-rate", "0.5"]  # Tables 1a, 1b and 7 were made with psi = 0.5
@@ -31,11 +36,11 @@ def kernel_row(dilations: str) -> list[str]:
 TABLES: dict[str, Rows] = {
     "1a": {
         **{
-            f"p = {power}, lambda = {weight}": [*HALF, "--penalty-power", power, "--penalty-weight", weight]
+            f"p = {power}, lambda = {value}": [*HALF, "--penalty-power", power, "--penalty-lambda", value]
             for power in ("0", "3", "5")
-            for weight in ("0.1", "0.01", "0.001")
+            for value in ("0.1", "0.01", "0.001")
         },
-        "no penalty": [*HALF, "--penalty-weight", "0"],
+        "no penalty": [*HALF, "--no-size-penalty"],
     },
     "1b": {
         "no refinement": [*HALF, "--pamr-iterations", "0"],
@@ -66,17 +71,20 @@ class Ablation:
     output: Path = Path("runs/ablation")
     """Folder for the runs and the table."""
 
+    crf: bool = False
+    """Add a column with the dense CRF (extra `crf`), as Tables 1c and 7 have."""
+
     dry_run: bool = False
     """Print the commands, and train nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is left of the table and write it. Returns the exit code."""
+    """Train the missing rows of the table and write it. Returns the exit code."""
     ablation, others = tyro.cli(Ablation, args=argv, description=__doc__, return_unknown_args=True)
     folder = ablation.output / f"table_{ablation.table}"
     rows = TABLES[ablation.table]
     commands = {name: row_command(folder / slug(name), [*others, *overrides]) for name, overrides in rows.items()}
-    settings = [parse_arguments(command[2:]) for command in commands.values()]  # a wrong argument ends here
+    settings = [parse_arguments(command[2:]) for command in commands.values()]  # stops at a wrong argument
     for name, command in commands.items():
         if ablation.dry_run:
             print(shlex.join(command))
@@ -87,14 +95,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"ablate_voc.py: {name} ended with exit code {code}", file=sys.stderr)
                 return code
     if not ablation.dry_run:
-        print(f"\n{write_table(folder, list(rows), settings[0].table_classes)}")
+        try:
+            with_crf = [crf_iou(one) for one in settings] if ablation.crf else []
+        except StepError as error:
+            print(f"ablate_voc.py: {error}", file=sys.stderr)
+            return 1
+        print(f"\n{write_table(folder, list(rows), settings[0].table_classes, with_crf)}")
     return 0
 
 
 def row_command(output: Path, arguments: Sequence[str]) -> list[str]:
-    """Return the command that trains one row, or goes on with it."""
+    """Return the command that trains one row, or resumes it."""
     command = [sys.executable, str(TRAIN), "--output", str(output), "--no-baseline", *arguments]
     return [*command, "--resume", str(output)] if (output / "settings.json").is_file() else command
+
+
+def crf_iou(settings: Settings) -> Tensor:
+    """Return the IoU per class of a row on the validation images, after the CRF."""
+    root = settings.data or toy_voc(settings.output / "data", seed=settings.seed)
+    (method,) = trained_methods(settings.output)
+    folder = settings.output / "val"
+    command = [*method.load, str(root), "--split", "val", "--crf", "--output", str(folder), "--device", settings.device]
+    return measure(segment_once(folder, command), "crf", root, "val")
 
 
 def slug(name: str) -> str:
@@ -102,17 +124,28 @@ def slug(name: str) -> str:
     return "_".join("".join(letter if letter.isalnum() or letter in ".-" else " " for letter in name).split())
 
 
-def write_table(folder: Path, names: Sequence[str], table_classes: Sequence[str]) -> str:
-    """Collect the mean IoU of the rows (over some classes, or all) in `table.csv` and `table.md`; return the latter."""
+def write_table(
+    folder: Path, names: Sequence[str], table_classes: Sequence[str], with_crf: Sequence[Tensor] = ()
+) -> str:
+    """Write the mean IoU of every row to `table.csv` and `table.md`, and return the text of the latter.
+
+    The mean is over `table_classes`, or over all classes if there are none. `with_crf`, the IoU per class of every row
+    after the CRF, makes a second column.
+    """
+    columns = ["mean IoU, %", "mean IoU (+ CRF), %"] if with_crf else ["mean IoU, %"]
     means = []
-    for name in names:
-        classes, columns = load_iou_csv(folder / slug(name) / "iou.csv")
-        means.append((name, mean_iou(columns["ours"], [classes.index(other) for other in table_classes or classes])))
-    with (folder / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("configuration", "mean IoU"), *((name, f"{mean:.4f}") for name, mean in means)])
-    lines = ["| configuration | mean IoU, % |", "|:--|--:|", *(f"| {name} | {mean:.1f} |" for name, mean in means)]
-    table = "\n".join(lines) + "\n"
-    (folder / "table.md").write_text(table)
+    for index, name in enumerate(names):
+        classes, found = load_iou_csv(folder / slug(name) / "iou.csv")
+        rows = [classes.index(other) for other in table_classes or classes]
+        means.append([mean_iou(iou, rows) for iou in (found["ours"], *with_crf[index : index + 1])])
+
+    def lines(digits: int) -> list[list[str]]:
+        cells = [[name, *(f"{mean:.{digits}f}" for mean in row)] for name, row in zip(names, means, strict=True)]
+        return [["configuration", *columns], *cells]
+
+    write_csv_whole(folder / "table.csv", lines(digits=4))
+    table = markdown(lines(digits=1)) + "\n"
+    write_text_whole(folder / "table.md", table)
     return table
 
 

@@ -1,4 +1,7 @@
-"""Segment images with a trained network: `python examples/infer_voc.py CHECKPOINT INPUT [--output DIR]`."""
+"""Segment images with a trained network: `python examples/infer_voc.py CHECKPOINT INPUT [--output DIR]`.
+
+With a checkpoint of the authors: `python examples/infer_voc.py --released FILE --backbone wide_resnet38 INPUT`.
+"""
 
 import math
 import sys
@@ -7,16 +10,22 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import tyro
+from numpy.typing import NDArray
 from tqdm import tqdm
 from tyro.conf import Positional
 from voc.checkpoints import Trained, load_trained
-from voc.crf import check_crf
-from voc.data import IGNORE, DataError
+from voc.dataset.errors import DataError
+from voc.dataset.images import IGNORE
 from voc.devices import choose_device
+from voc.inference.crf import check_crf
+from voc.inference.outputs import write_mask, write_overlay, write_scores, write_soft
+from voc.inference.segmenter import Result, Segmenter, choose_classes, segment_images, with_crf
+from voc.inference.sources import Source, add_labels, find_sources, split_sources
 from voc.model import CAMNet
-from voc.pictures import Source, add_labels, find_sources, split_sources, write_outputs, write_scores
-from voc.prediction import Predictor, choose, predict, refine
+from voc.released import load_released
+from voc.settings import BackboneName
 
 
 @dataclass(frozen=True)
@@ -24,34 +33,47 @@ class Arguments:
     """Segment images with a trained network; no ground truth is needed.
 
     Masks are palette PNGs of class indices in VOC's colours, on the pixel grid of the stored image. An image that
-    cannot be read is named and skipped. Exit code: 0 all images done, 1 some skipped, 2 none done or wrong arguments.
+    cannot be read is reported and skipped. Exit code: 0 all images done, 1 some skipped, 2 none done or wrong
+    arguments.
     """
 
     checkpoint: Positional[Path]
-    """Checkpoint of train_voc.py, of either model."""
+    """Checkpoint of train_voc.py: of the single-stage network or of CAM-GAP. With --released, a file of the authors."""
 
     input: Positional[Path]
-    """An image, a folder of images (not those in folders below it), or with --split a data set in VOC's layout."""
+    """An image, a folder of images (without its subfolders), or with --split a data set in VOC's layout."""
 
     output: Path = Path("runs/predictions")
-    """Folder for masks/NAME.png and, if wanted, overlays/NAME.jpg and scores.csv."""
+    """Folder for masks/NAME.png, and for what other arguments ask for."""
+
+    released: bool = False
+    """CHECKPOINT is a file of the authors' published network, for VOC's 20 classes; --backbone says which. The scales,
+    the lowest probability and the power of the background are those of their configuration files."""
+
+    backbone: BackboneName | None = None
+    """Backbone of the published network, for --released."""
 
     split: str | None = None
     """Segment the images of ImageSets/Segmentation/SPLIT.txt."""
 
     clean: bool = False
-    """Keep exactly the classes that are among an image's labels, instead of those that are probable: masks that
-    `train_voc.py --supervision masks --masks DIR/masks` can train on."""
+    """Keep exactly the classes of an image's labels instead of the probable ones. `train_voc.py --supervision masks
+    --masks DIR/masks` can train on these masks."""
 
     labels: Path | None = None
     """File of image-level labels for --clean, lines `id class class ...`. Default, with --split: Annotations/*.xml
-    where there are any, else the classes of the ground truth."""
+    if there are any, else the classes of the ground truth."""
 
     scales: tuple[float, ...] | None = None
-    """Scales at which each image is looked at. Default: the checkpoint's."""
+    """Scales of each image. Default: the checkpoint's."""
 
     flip: bool = True
-    """Look at each image mirrored, too."""
+    """Use the mirrored image too, at each scale."""
+
+    pad_to: int | None = None
+    """Show the network every scaled image in the centre of a square of this side, with the mean colour around it. The
+    authors use 1024 for wide_resnet38 and 768 for the other backbones. Padding changes the probabilities of classes.
+    Default: no padding."""
 
     min_probability: float | None = None
     """Remove classes with a lower probability. Default: the checkpoint's."""
@@ -63,17 +85,23 @@ class Arguments:
     """Score of the background at every pixel, for a CAM-GAP checkpoint. Default: 0.1."""
 
     max_pixels: int = 2_500_000
-    """A larger image is reduced to so many pixels, and its mask enlarged. At the default, an image takes up to 6 GB of
-    memory with the default backbone, 20 classes and the paper's scales."""
+    """A larger image is reduced to this number of pixels, and its mask enlarged. With the default, an image needs up to
+    6 GB of memory for the default backbone, 20 classes and the paper's scales."""
 
     overlays: bool = False
-    """Also write the masks over the images, upright, and reduced where the network saw them reduced."""
+    """Also write overlays/NAME.jpg: the mask over the image as the network saw it, upright, and reduced if it is large.
+    With --crf, also overlays_crf/NAME.jpg."""
 
     scores: bool = False
-    """Also write the probability of each class in each image, whether it is kept or not."""
+    """Also write scores.csv: the probability of each class in each image, of removed classes too."""
+
+    soft: bool = False
+    """Also write soft/NAME.npz: the masks before a class is chosen, for `evaluate_voc.py --clean`. Up to 15 MB
+    per image of VOC."""
 
     crf: bool = False
-    """Refine the masks by a dense CRF (extra `crf`): 10 iterations, with the parameters of the paper's authors."""
+    """Also write crf/NAME.png: the masks after a dense CRF (extra `crf`) of 10 iterations, with the parameters of the
+    paper's authors."""
 
     workers: int = 2
     """Processes for --crf."""
@@ -82,7 +110,7 @@ class Arguments:
     """`auto` (cuda, then mps, then cpu) or any name that torch.device takes."""
 
     def __post_init__(self) -> None:
-        """Refuse arguments that would have no effect, or no sense."""
+        """Refuse arguments without effect or out of range."""
         if self.labels is not None and not self.clean:
             raise ValueError("--labels is for --clean, which is not given")
         if self.min_probability is not None and self.clean:
@@ -93,8 +121,13 @@ class Arguments:
             raise ValueError(f"--scales: expected one or more finite numbers, got {self.scales}")
         if self.cam_background is not None and not self.cam_background >= 0:
             raise ValueError(f"--cam-background must be at least 0, got {self.cam_background}")
-        for name, value in {"max-pixels": self.max_pixels, "workers": self.workers}.items():
-            if value < 1:
+        if self.released and self.backbone is None:
+            raise ValueError("--released needs --backbone, the backbone of the published network")
+        if self.backbone is not None and not self.released:
+            raise ValueError("--backbone is for --released, which is not given: a checkpoint names its backbone")
+        limits = {"max-pixels": self.max_pixels, "workers": self.workers, "pad-to": self.pad_to}
+        for name, value in limits.items():
+            if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
 
 
@@ -102,21 +135,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Segment all images. Returns the exit code."""
     try:
         arguments = tyro.cli(Arguments, args=argv)
-        trained = load_trained(arguments.checkpoint)
-        predictor = build_predictor(trained, arguments)
+        if arguments.backbone is None:
+            trained = load_trained(arguments.checkpoint)
+        else:
+            trained = load_released(arguments.checkpoint, arguments.backbone)
+        segmenter = build_segmenter(trained, arguments)
         sources = find_all(arguments, trained.classes)
         if arguments.crf:
             check_crf()
-        for name in ("masks", *(["overlays"] if arguments.overlays else [])):
+        for name in folders(arguments):
             (arguments.output / name).mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:  # the errors of data and checkpoints are ValueErrors
         say(f"error: {error}")
         return 2
-    return run(arguments, trained.classes, predictor, sources)
+    return run(arguments, trained.classes, segmenter, sources)
 
 
-def build_predictor(trained: Trained, arguments: Arguments) -> Predictor:
-    """Return the network with the checkpoint's settings, where the arguments say nothing else."""
+def folders(arguments: Arguments) -> list[str]:
+    """Return the names of the folders to write."""
+    names = ["masks", "crf"] if arguments.crf else ["masks"]
+    names += ["overlays", "overlays_crf"][: len(names)] if arguments.overlays else []
+    return [*names, "soft"] if arguments.soft else names
+
+
+def build_segmenter(trained: Trained, arguments: Arguments) -> Segmenter:
+    """Return the network with the checkpoint's settings, which the arguments override."""
     model, classes, settings = trained
     if len(classes) >= IGNORE:
         raise ValueError(f"a mask holds at most {IGNORE - 1} classes, the checkpoint has {len(classes)}")
@@ -128,36 +171,36 @@ def build_predictor(trained: Trained, arguments: Arguments) -> Predictor:
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     cam_background = CAMNet.background if arguments.cam_background is None else arguments.cam_background
     device = choose_device(arguments.device)
-    return Predictor(model, replace(settings, **given), device, arguments.flip, cam_background)
+    return Segmenter(model, replace(settings, **given), device, arguments.flip, cam_background, arguments.pad_to)
 
 
 def find_all(arguments: Arguments, classes: Sequence[str]) -> list[Source]:
-    """Return the images, with their labels if those are needed."""
+    """Return the images, with their labels if they are needed."""
     if arguments.split is None:
         root, sources = None, find_sources(arguments.input)
     else:
         root, sources = arguments.input, split_sources(arguments.input, arguments.split)
-    written = {(arguments.output / name).resolve() for name in ("masks", "overlays")}
+    written = {(arguments.output / name).resolve() for name in folders(arguments)}
     if written & {source.path.parent.resolve() for source in sources}:
         raise DataError(f"images of {arguments.input} would be overwritten: choose another --output")
     return add_labels(sources, classes, root, arguments.labels) if arguments.clean else sources
 
 
-def run(arguments: Arguments, classes: Sequence[str], predictor: Predictor, sources: Sequence[Source]) -> int:
-    """Predict and write. Returns the exit code."""
+def run(arguments: Arguments, classes: Sequence[str], segmenter: Segmenter, sources: Sequence[Source]) -> int:
+    """Segment the images and write the outputs. Returns the exit code."""
     scores: list[tuple[str, list[float]]] = []
     failed = False
     try:
-        results = predict(
-            sources, predictor, arguments.max_pixels, lambda path, reason: say(f"skipped {path}: {reason}")
+        results = segment_images(
+            sources, segmenter, arguments.max_pixels, lambda path, reason: say(f"skipped {path}: {reason}")
         )
-        for result, mask in refine(results, arguments.workers) if arguments.crf else choose(results):
-            name = result.source.name
-            write_outputs(arguments.output, name, result.picture, mask, arguments.overlays)
-            scores.append((name, result.prediction.probabilities.tolist()))
+        pairs = with_crf(results, arguments.workers) if arguments.crf else ((result, None) for result in results)
+        for result, crf_mask in pairs:
+            write_outputs(arguments, result, crf_mask)
+            scores.append((result.source.name, result.soft.probabilities.tolist()))
         if arguments.scores and scores:
             write_scores(arguments.output / "scores.csv", classes, scores)
-    except (OSError, BrokenProcessPool, MemoryError) as error:  # a full disk would spoil the other images, too
+    except (OSError, BrokenProcessPool, MemoryError) as error:  # a full disk would stop the other images too
         say(f"error: {error}")
         failed = True
     except KeyboardInterrupt:
@@ -168,8 +211,20 @@ def run(arguments: Arguments, classes: Sequence[str], predictor: Predictor, sour
     return 2 if not scores else 1 if failed or len(scores) < len(sources) else 0
 
 
+def write_outputs(arguments: Arguments, result: Result, crf_mask: NDArray[np.uint8] | None) -> None:
+    """Write the files of one image; its mask comes last, so that a mask on the disk means that the others are there."""
+    output, name, picture = arguments.output, result.source.name, result.picture
+    if arguments.soft:
+        write_soft(output / "soft" / f"{name}.npz", picture, result.soft)
+    for mask, suffix in ((crf_mask, "_crf"), (choose_classes(result.soft), "")):
+        if mask is not None:
+            if arguments.overlays:
+                write_overlay(output / f"overlays{suffix}" / f"{name}.jpg", picture, mask)
+            write_mask(output / (suffix.removeprefix("_") or "masks") / f"{name}.png", picture, mask)
+
+
 def say(message: str) -> None:
-    """Print one line to stderr, whatever names of files it holds, without breaking the progress bar."""
+    """Print one line to stderr without breaking the progress bar; line breaks in names of files become spaces."""
     tqdm.write(f"infer_voc.py: {' '.join(message.splitlines())}", file=sys.stderr)
 
 

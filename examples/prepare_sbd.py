@@ -1,4 +1,4 @@
-"""Enlarge VOC's training set by SBD's masks: `python examples/prepare_sbd.py VOC_ROOT SBD_ROOT --output VOC_ROOT`."""
+"""Enlarge VOC's training set with SBD's masks: `python examples/prepare_sbd.py VOC_ROOT SBD_ROOT --output VOC_ROOT`."""
 
 import sys
 from collections.abc import Sequence
@@ -8,16 +8,16 @@ from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg
-from voc.data import DataError
-from voc.sbd import KNOWN_COUNTS, AugmentedSet, find_sets, write_augmented_set
+from voc.dataset.errors import DataError
+from voc.dataset.sbd import KNOWN_COUNTS, AugmentedSet, find_sets, write_augmented_set
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Make the training set of 10,582 images ("train_aug"): VOC's and all of SBD's, less those on which VOC tests.
+    """Make the training set of 10,582 images ("train_aug"): VOC's and SBD's, without VOC's validation images.
 
-    Masks of class indices go to OUTPUT/SegmentationClassAug (VOC's own where there are any), the list of names to
-    OUTPUT/ImageSets/Segmentation/train_aug.txt. Images that are missing in OUTPUT/JPEGImages are linked there.
+    Masks of class indices are written to OUTPUT/SegmentationClassAug (VOC's own masks if there are any), the list of
+    names to OUTPUT/ImageSets/Segmentation/train_aug.txt. Images that are missing in OUTPUT/JPEGImages are linked there.
     """
 
     voc_root: Annotated[Positional[Path], arg(metavar="VOC_ROOT")]
@@ -30,7 +30,7 @@ class Arguments:
     """VOC_ROOT itself, or the folder of a new data set."""
 
     allow_other_counts: bool = False
-    """Go on if the number of images is not that of the full data sets."""
+    """Go on if the numbers of images differ from those of the full data sets."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_counts(found: AugmentedSet, allow_others: bool) -> None:
-    """Say how many images were found, and stop where these are not the known numbers."""
+    """Print the numbers of images, and stop if they differ from the known ones."""
     counts = found.counts()
     lines = {
         name: f"{name} {count}" + (f" (expected {KNOWN_COUNTS[name]})" if count != KNOWN_COUNTS[name] else "")
@@ -60,7 +60,7 @@ def check_counts(found: AugmentedSet, allow_others: bool) -> None:
     print("images: " + ", ".join(lines.values()))
     if counts != KNOWN_COUNTS and not allow_others:
         wrong = ", ".join(line for name, line in lines.items() if counts[name] != KNOWN_COUNTS[name])
-        raise DataError(f"not the known counts: {wrong}; --allow-other-counts goes on with what there is")
+        raise DataError(f"not the known counts: {wrong}; --allow-other-counts goes on with these")
 
 
 if __name__ == "__main__":

@@ -17,35 +17,35 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from voc.arguments import parse_arguments
-from voc.checkpoints import CheckpointError, Network, build_model
-from voc.data import DataError, read_classes, read_split
-from voc.distributed import GlobalBatchNoise
-from voc.evaluation import Group, draw, evaluate
-from voc.inference import normalise
-from voc.losses import classification_loss, confident_pixels, mask_loss, segmentation_loss
-from voc.metrics import iou_table, mean_iou, save_iou_csv
-from voc.model import Prediction, freeze_norm_statistics
-from voc.pseudo_labels import pseudo_labels
-from voc.settings import Settings
-from voc.splits import Sample, VOCDataset, load_split, load_split_with_masks
-from voc.state import LOSSES, TrainingState, checkpoint_to_resume
-from voc.toy import toy_voc
-from voc.training import (
-    AugmentedDataset,
-    GlobalBatches,
-    Interrupted,
-    StopRequest,
-    TrainingError,
-    load_batches,
-    mix_seed,
-    quiet_threads,
-    sigterm_interrupts,
-    start_accelerator,
+from voc.backbones import normalise
+from voc.checkpoints import CheckpointError
+from voc.dataset.errors import DataError
+from voc.dataset.layout import class_indices
+from voc.dataset.splits import Sample, VOCDataset
+from voc.dataset.transforms import TrainTransform
+from voc.evaluation.metrics import mean_iou
+from voc.evaluation.network import draw, evaluate, evaluate_pseudo_labels
+from voc.evaluation.report import Report
+from voc.files.whole import write_text_whole
+from voc.losses import (
+    classification_loss,
+    confident_pixels,
+    mask_loss,
+    published_segmentation_loss,
+    segmentation_loss,
 )
-from voc.transforms import TrainTransform
-from voc.visualise import overlay_figure, save_curves
-
-from wsseg_layers import PAMR
+from voc.model import Network, Output, build_model
+from voc.self_supervision import labels_from_masks
+from voc.settings import Settings
+from voc.train.batches import AugmentedDataset, GlobalBatches, load_batches
+from voc.train.distribution import GlobalBatchNoise, start_accelerator
+from voc.train.errors import Interrupted, TrainingError
+from voc.train.optimizer import freeze_norm_statistics
+from voc.train.seeds import mix_seed
+from voc.train.signals import StopRequest, quiet_threads, sigterm_interrupts
+from voc.train.state import HELD_OUT_LOSS, LOSSES, TrainingState, checkpoint_to_resume
+from voc.training_data import TrainingData, load_training_data
+from voc.visualise import overlay_figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = parse_arguments(argv)
         accelerator = start_accelerator(settings)
-        train_set, val_set = load_data(settings, accelerator)
-        # A file that is missing or damaged is said now, before any work.
-        build_model(settings, len(train_set.split.classes))
-        for variant in variants(settings):
-            checkpoint_to_resume(variant)
+        data = load_training_data(settings, accelerator)
+        # Missing and damaged files are reported here, before training starts.
+        build_model(settings, len(data.train.split.classes))
+        for network_settings in networks(settings):
+            checkpoint_to_resume(network_settings)
         settings.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:  # the errors of data, weights and checkpoints are ValueErrors
         print(f"train_voc.py: error: {error}", file=sys.stderr)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     try:
         with quiet_threads(), sigterm_interrupts():
-            run(settings, train_set, val_set, accelerator)
+            run(settings, data, accelerator)
     except (Interrupted, KeyboardInterrupt) as stop:
         how = f"go on with: python examples/train_voc.py --resume {settings.output}"
         print(f"\n{str(stop) or 'stopped'}; {how}", file=sys.stderr)
@@ -81,94 +81,110 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load_data(settings: Settings, accelerator: Accelerator) -> tuple[VOCDataset, VOCDataset]:
-    """Return the training set (images and labels, or masks) and the test set (images and masks)."""
-    root = settings.data
-    if root is None:
-        with accelerator.main_process_first():
-            root = toy_voc(settings.output / "data", seed=settings.seed)
-    classes = read_classes(root)
-    unknown = [name for name in settings.table_classes if name not in ("background", *classes)]
-    if unknown:
-        raise DataError(f"--table-classes: unknown class {unknown[0]!r}; known: background, {', '.join(classes)}")
-    names = read_split(root, "train_aug", "train")
-    if settings.supervision == "masks":
-        train_split = load_split_with_masks(root, names, classes, settings.masks)
-    else:
-        train_split = load_split(root, names, classes, settings.labels)
-    val_split = load_split_with_masks(root, read_split(root, "val"), classes)
-    return VOCDataset(train_split), VOCDataset(val_split)
-
-
-def run(settings: Settings, train_set: VOCDataset, val_set: VOCDataset, accelerator: Accelerator) -> None:
-    """Train the baseline and the model, then write table and pictures."""
-    classes = ("background", *train_set.split.classes)
-    rows = [classes.index(name) for name in settings.table_classes] or range(len(classes))
+def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> None:
+    """Train the baseline and the model, then write tables and pictures."""
+    classes = ("background", *data.train.split.classes)
+    rows = class_indices(settings.table_classes or classes, classes, source="--table-classes")
     device, is_main = accelerator.device, accelerator.is_main_process
-    group = Group(accelerator.process_index, accelerator.num_processes)
     if is_main:
-        (settings.output / "settings.json").write_text(json.dumps(settings.to_json(), indent=2) + "\n")
-        print(f"{len(train_set)} training images, {len(val_set)} test images, {len(classes) - 1} classes, on {device}")
+        write_text_whole(settings.output / "settings.json", json.dumps(settings.to_json(), indent=2) + "\n")
+        sizes = f"{len(data.train)} training images, {len(data.test)} test images, {len(classes) - 1} classes"
+        print(f"{sizes}, on {device}")
     started = time.perf_counter()
-    results: dict[str, Tensor] = {}
-    histories: dict[str, list[dict[str, float]]] = {}
-    for variant in variants(settings):
-        state = TrainingState(variant, train_set.split.classes, accelerator)
-        train(state, train_set, val_set)
-        ious = evaluate(state.network, val_set, variant, device, group)
-        # CAM-GAP is shown at the authors' background score, which is the first, and at the one that suits it best on
-        # the test images themselves; for our model both are its only column.
-        first, *_ = ious
-        best = max(ious, key=lambda name: mean_iou(ious[name], rows))
-        results |= {name: ious[name] for name in (first, best)}
-        histories[state.name] = state.history
+    report = Report(classes, rows)
+    for network_settings in networks(settings):
+        state = TrainingState(network_settings, data.train.split.classes, accelerator)
+        train(state, data)
+        state.load_best()
+        report.add(state.name, evaluate(state.network, data.test, network_settings, device, state.group), state.history)
+    if measures_pseudo_labels(state, data):
+        quality = evaluate_pseudo_labels(state.network, data.train_with_masks, settings, device, state.group)
+        report.pseudo_labels = quality
     if is_main:
         minutes = (time.perf_counter() - started) / 60
-        table = iou_table(classes, results, rows)
-        print(f"\nIoU (%) on {len(val_set)} test images, after {minutes:.1f} minutes\n\n{table}\n")
-        (settings.output / "iou.md").write_text(table + "\n")
-        save_iou_csv(settings.output / "iou.csv", classes, results)
-        save_curves(settings.output / "curves.png", histories, settings.classification_epochs)
-        pictures = draw(state.network, val_set, settings, device)
+        title = f"IoU (%) on {len(data.test)} test images, after {minutes:.1f} minutes"
+        print(f"\n{report.write(settings.output, title, settings.classification_epochs)}\n")
+        pictures = draw(state.network, data.test, settings, device)
         overlay_figure(pictures.images, pictures.masks).savefig(settings.output / "overlays.png", dpi=110)
-        print(f"checkpoints, table, curves and overlays: {settings.output}")
+        print(f"checkpoints, tables, curves and overlays: {settings.output}")
 
 
-def variants(settings: Settings) -> list[Settings]:
-    """Return the settings of the networks to train, one after the other: the baseline, if wanted, and the model."""
+def networks(settings: Settings) -> list[Settings]:
+    """Return the settings of each network to train: of the baseline, if it is wanted, and of the model."""
     if settings.baseline and settings.model == "single_stage" and settings.supervision == "labels":
         return [replace(settings, model="cam"), settings]
     return [settings]
 
 
-def train(state: TrainingState, train_set: VOCDataset, val_set: VOCDataset) -> None:
-    """Train one network for the epochs that are left.
+def train(state: TrainingState, data: TrainingData) -> None:
+    """Train one network for the remaining epochs.
 
-    From image-level labels: classification first, then, for the single-stage model, with self-supervision.
+    With image-level labels, the first epochs have the classification loss alone; then the single-stage model has the
+    self-supervised segmentation loss too.
     """
     settings, accelerator = state.settings, state.accelerator
-    group = Group(accelerator.process_index, accelerator.num_processes)
     model, optimizer = accelerator.prepare(state.network, state.optimizer)
-    augmented = AugmentedDataset(train_set, TrainTransform(settings.crop_size))
-    curve_set = VOCDataset(val_set.split.first(settings.curve_images))
-    writer = SummaryWriter(str(settings.output / "tensorboard" / settings.model)) if group.rank == 0 else None
+    augmented = AugmentedDataset(data.train, TrainTransform(settings.crop_size))
+    curve_set = VOCDataset(data.test.split.first(settings.curve_images))
+    writer = SummaryWriter(str(settings.output / "tensorboard" / settings.model)) if state.group.rank == 0 else None
     while state.epoch <= settings.epochs:
         epoch = state.epoch
         train_epoch(state, model, optimizer, augmented, writer)
-        ious = evaluate(state.network, curve_set, settings, accelerator.device, group, scales=(1.0,), flip=False)
-        state.end_epoch(max(mean_iou(iou) for iou in ious.values()))
+        figures, per_class = measure(state, data, curve_set)
+        state.end_epoch(figures)
         if writer is not None:
-            now = state.history[-1]
             print(
-                f"{state.name} {epoch}/{settings.epochs}: loss {now['loss']:.3f}, "
-                f"mean IoU {now['miou']:.1f} % on {len(curve_set)} images"
+                f"{state.name} {epoch}/{settings.epochs}: loss {state.history[-1]['loss']:.3f}, "
+                f"mean IoU {figures['miou']:.1f} % on {len(curve_set)} images"
             )
-            writer.add_scalar("mean IoU", now["miou"], epoch)
+            for name, figure in figures.items():
+                writer.add_scalar(name, figure, epoch)
+            for name, values in per_class.items():
+                for class_name, value in zip(state.classes, values.tolist(), strict=True):
+                    writer.add_scalar(f"{name}/{class_name}", value, epoch)
             pictures = draw(state.network, curve_set, replace(settings, scales=(1.0,)), accelerator.device, count=4)
             writer.add_figure("masks", overlay_figure(pictures.images, pictures.masks), epoch)
             writer.flush()
     if writer is not None:
         writer.close()
+
+
+def measure(
+    state: TrainingState, data: TrainingData, curve_set: VOCDataset
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Return the figures of an epoch, of masks, classification and pseudo labels; and those of every class [C]."""
+    settings, device = state.settings, state.accelerator.device
+    found = evaluate(state.network, curve_set, settings, device, state.group, scales=(1.0,), flip=False)
+    per_class = {"average precision": found.average_precision}
+    figures = {"miou": max(map(mean_iou, found.iou.values())), "map": mean_iou(found.average_precision)}
+    if measures_pseudo_labels(state, data) and state.epoch >= settings.classification_epochs:
+        quality = evaluate_pseudo_labels(state.network, data.train_with_masks, settings, device, state.group)
+        per_class["pseudo label iou"] = quality.iou[1:]
+        figures |= {"pseudo label miou": mean_iou(quality.iou), "pseudo label coverage": quality.coverage}
+    if settings.checkpoint == "best" and (settings.model == "cam" or state.epoch > settings.classification_epochs):
+        figures[HELD_OUT_LOSS] = held_out_loss(state, data.test)
+    return {name: figure for name, figure in figures.items() if math.isfinite(figure)}, per_class
+
+
+def measures_pseudo_labels(state: TrainingState, data: TrainingData) -> bool:
+    """Return whether the network makes pseudo labels of training images that have masks to compare with."""
+    settings = state.settings
+    return settings.model == "single_stage" and settings.supervision == "labels" and len(data.train_with_masks) > 0
+
+
+@torch.no_grad()
+def held_out_loss(state: TrainingState, test_set: VOCDataset) -> float:
+    """Return the mean training loss of the network in eval mode on crops of the test images."""
+    settings, accelerator = state.settings, state.accelerator
+    dataset = AugmentedDataset(test_set, TrainTransform(settings.crop_size))
+    batches = GlobalBatches(len(dataset), settings.batch_size, settings.seed, epoch=0, group=state.group)
+    state.network.eval()
+    total = torch.zeros((), device=accelerator.device)
+    for batch in load_batches(dataset, batches, settings.workers):
+        image, labels, mask = (part.to(accelerator.device) for part in batch[1:])
+        output = state.network(normalise(image, state.network.backbone))
+        total += sum(losses_of(state, output, image, labels, mask))
+    return accelerator.reduce(total / len(batches), reduction="mean").item()
 
 
 def train_epoch(
@@ -178,12 +194,9 @@ def train_epoch(
     dataset: AugmentedDataset,
     writer: SummaryWriter | None,
 ) -> None:
-    """Train for the steps that are left of one epoch. Ctrl-C ends it after a step, with the state saved."""
+    """Train for the remaining steps of one epoch. Ctrl-C ends it after a step, with the state saved."""
     settings, accelerator, epoch = state.settings, state.accelerator, state.epoch
-    batches = GlobalBatches(
-        len(dataset), settings.batch_size, settings.seed, epoch, state.step,
-        accelerator.process_index, accelerator.num_processes,
-    )  # fmt: skip
+    batches = GlobalBatches(len(dataset), settings.batch_size, settings.seed, epoch, state.step, state.group)
     stopped = 0.0
     model.train()
     freeze_norm_statistics(state.network)
@@ -199,9 +212,9 @@ def train_epoch(
             torch.manual_seed(mix_seed(settings.seed, epoch, state.step))
             losses = train_step(state, model, optimizer, batch)
             state.step += 1
-            # All processes must agree on the losses and on whether to stop: one reduction for both.
-            wish = losses.new_tensor([float(stop.requested)])
-            *means, stopped = accelerator.reduce(torch.cat([losses, wish]), reduction="mean").tolist()
+            # One reduction gives all processes the same mean losses and the same decision to stop.
+            request = losses.new_tensor([float(stop.requested)])
+            *means, stopped = accelerator.reduce(torch.cat([losses, request]), reduction="mean").tolist()
             check_finite(means, batch, state)
             state.sums = [total + mean for total, mean in zip(state.sums, means, strict=True)]
             bar.update(settings.batch_size)
@@ -217,17 +230,17 @@ def train_epoch(
 
 
 def train_step(state: TrainingState, model: Network, optimizer: torch.optim.Optimizer, batch: Sample) -> Tensor:
-    """Train on one batch, this process's share of it, in `accumulate` passes; return its mean losses, as in LOSSES."""
+    """Train on this process's share of a batch, in `accumulate` passes; return its mean losses, as in LOSSES."""
     settings, accelerator = state.settings, state.accelerator
-    noise = GlobalBatchNoise(accelerator.process_index, accelerator.num_processes)
+    noise = GlobalBatchNoise(state.group)
     passes = list(zip(*(part.to(accelerator.device).chunk(settings.accumulate) for part in batch[1:]), strict=True))
     sums = torch.zeros(len(LOSSES), device=accelerator.device)
     optimizer.zero_grad()
     for index, (image, labels, mask) in enumerate(passes, start=1):
         with nullcontext() if index == len(passes) else accelerator.no_sync(model):
             with noise:
-                prediction = model(normalise(image, state.network.backbone))
-            classification, segmentation = losses_of(state, prediction, image, labels, mask)
+                output = model(normalise(image, state.network.backbone))
+            classification, segmentation = losses_of(state, output, image, labels, mask)
             loss = (classification + segmentation) / len(passes)
             accelerator.backward(loss)
         sums += torch.stack([loss, classification / len(passes), segmentation / len(passes)]).detach()
@@ -236,27 +249,28 @@ def train_step(state: TrainingState, model: Network, optimizer: torch.optim.Opti
 
 
 def losses_of(
-    state: TrainingState, prediction: Prediction, image: Tensor, labels: Tensor, mask: Tensor
+    state: TrainingState, output: Output, image: Tensor, labels: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return classification and segmentation loss; one of them may be zero at this stage of the training."""
+    """Return classification and segmentation loss; a loss that this network or epoch does not have is zero."""
     settings, accelerator = state.settings, state.accelerator
 
     def mean_confident(target: Tensor) -> Tensor:
         return accelerator.reduce(confident_pixels(target).float(), reduction="mean")
 
     if settings.supervision == "masks":
-        segmentation = mask_loss(prediction.logits, mask, mean_confident(mask))
+        segmentation = mask_loss(output.logits, mask, mean_confident(mask))
         return torch.zeros_like(segmentation), segmentation
-    classification = classification_loss(prediction.class_scores, labels)
+    classification = classification_loss(output.class_scores, labels)
     if settings.model == "cam" or state.epoch <= settings.classification_epochs:
         return classification, torch.zeros_like(classification)
-    pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, resize="image")
-    target = pseudo_labels(pamr(image, prediction.masks.detach()), labels)
-    return classification, segmentation_loss(prediction.logits, target, mean_confident(target))
+    target = labels_from_masks(image, output.masks.detach(), labels, settings)
+    if settings.loss == "published":
+        return classification, published_segmentation_loss(output.logits, target)
+    return classification, segmentation_loss(output.logits, target, mean_confident(target))
 
 
 def check_finite(means: Sequence[float], batch: Sample, state: TrainingState) -> None:
-    """Stop at a loss that is NaN or infinite; the names of the images are written beside the checkpoints."""
+    """Stop at a loss that is NaN or infinite, and write the names of the batch's images beside the checkpoints."""
     if all(map(math.isfinite, means)):
         return
     path = state.settings.output / f"not_finite_{state.accelerator.process_index}.json"

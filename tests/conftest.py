@@ -5,10 +5,21 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Reproducible and without a clock: a busy machine must not fail a test.
+# Reproducible and without a clock, so that no test fails because the machine is busy.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=30)
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=150)
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Use one thread, here and in the processes that tests start; benchmarks use all.
+
+    The tensors of the tests are small. On a busy machine, threads spend minutes waiting for each other.
+    """
+    if not (config.getoption("--benchmark", False) or config.getoption("--benchmark-quick", False)):
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"])

@@ -3,7 +3,7 @@
 Slow and meant to be read. Arrays in, arrays out; a batch is a loop like any other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,7 +129,7 @@ def softmax(x: Array) -> Array:
     return e / e.sum()
 
 
-def position_affinity(dilations: Sequence[int]) -> Array:
+def position_affinity(dilations: Sequence[int], w1: float = 0.3, guard: float = 1e-8) -> Array:
     """PAR's term of position, [N]: the same for every pixel."""
     distance = []
     for d in dilations:
@@ -138,7 +138,7 @@ def position_affinity(dilations: Sequence[int]) -> Array:
                 if (di, dj) != (0, 0):
                     distance.append(np.sqrt(2) * d if di and dj else float(d))
     position = np.array(distance)
-    return softmax(-((position / (position.std(ddof=1) + 1e-8) / 0.3) ** 2))
+    return softmax(-((position / (position.std(ddof=1) + guard) / w1) ** 2))
 
 
 def pamr_affinity(image: Array, dilations: Sequence[int], variant: str = "pamr") -> Array:
@@ -165,6 +165,44 @@ def pamr_affinity(image: Array, dilations: Sequence[int], variant: str = "pamr")
                 affinity[b, :, i, j] = softmax(similarity)
     if variant == "par":
         affinity += 0.01 * position_affinity(dilations)[:, None, None]
+    return affinity
+
+
+def scaled_pamr_affinity(image: Array, dilations: Sequence[int], weight: float) -> Array:
+    """The published PAMR with another number than 0.1: softmax of -|I_i - I_n| / (1e-8 + weight sigma)."""
+
+    def similarity(values: Array, centre: float) -> Array:
+        samples = np.concatenate([values, np.full(len(dilations), centre)])
+        return -np.abs(values - centre) / (1e-8 + weight * samples.std(ddof=1))
+
+    return affinity_of(similarity, image, dilations)
+
+
+def par_affinity(image: Array, dilations: Sequence[int], w1: float, w2: float, guard: float) -> Array:
+    """The published PAR with its three numbers: colour, plus w2 times position."""
+
+    def similarity(values: Array, centre: float) -> Array:
+        return -((np.abs(values - centre) / (values.std(ddof=1) + guard) / w1) ** 2)
+
+    return affinity_of(similarity, image, dilations) + w2 * position_affinity(dilations, w1, guard)[:, None, None]
+
+
+def constant_affinity(image: Array, dilations: Sequence[int], scale: float, power: int) -> Array:
+    """Without sigma: softmax of -(|I_i - I_n| / scale)^power."""
+    return affinity_of(lambda values, centre: -((np.abs(values - centre) / scale) ** power), image, dilations)
+
+
+def affinity_of(similarity: Callable[[Array, float], Array], image: Array, dilations: Sequence[int]) -> Array:
+    """The softmax over the neighbours of the mean over the channels of similarity(neighbours [N], pixel)."""
+    batch, channels, height, width = image.shape
+    affinity = np.zeros((batch, 8 * len(dilations), height, width))
+    for b, i, j in np.ndindex(batch, height, width):
+        around = list(neighbours(i, j, height, width, dilations))
+        mean = np.zeros(len(around))
+        for k in range(channels):
+            values = np.array([image[b, k, row, column] for row, column in around])
+            mean += similarity(values, image[b, k, i, j]) / channels
+        affinity[b, :, i, j] = softmax(mean)
     return affinity
 
 
@@ -314,18 +352,139 @@ def dense_energy(segmentation: Array, roi: Array, unlabelled: NDArray[np.bool_],
     return energy, gradient
 
 
-def resize(x: Array, height: int, width: int) -> Array:
-    """Bilinear, the corners of both grids aligned."""
+def resize(x: Array, height: int, width: int, align_corners: bool = True) -> Array:
+    """Bilinear: the corners of both grids aligned, or those of their outermost pixels."""
     old_height, old_width = x.shape[2:]
+
+    def source(i: int, old: int, new: int) -> float:
+        if align_corners:
+            return i * (old - 1) / (new - 1) if new > 1 else 0.0
+        return max(0.0, (i + 0.5) * old / new - 0.5)
+
     y = np.zeros((*x.shape[:2], height, width))
     for i in range(height):
         for j in range(width):
-            u = i * (old_height - 1) / (height - 1) if height > 1 else 0.0
-            v = j * (old_width - 1) / (width - 1) if width > 1 else 0.0
-            top, left = int(u), int(v)
+            u, v = source(i, old_height, height), source(j, old_width, width)
+            top, left = min(int(u), old_height - 1), min(int(v), old_width - 1)
             bottom, right = min(top + 1, old_height - 1), min(left + 1, old_width - 1)
             a, b = u - top, v - left
             y[:, :, i, j] = (1 - a) * ((1 - b) * x[:, :, top, left] + b * x[:, :, top, right]) + a * (
                 (1 - b) * x[:, :, bottom, left] + b * x[:, :, bottom, right]
             )
     return y
+
+
+def present_maps(
+    image: Array,
+    cams: Array,
+    present: Sequence[int],
+    background: float | Array | Callable[[Array], Array] | None,
+    refine: Callable[[Array, Array], Array] | None,
+    softmax_first: bool,
+    down_scale: int,
+    align_corners: bool,
+) -> Array:
+    """The refined maps [1 + n, H, W] of the n present classes of one image, the background first.
+
+    Args:
+        image: [K, H, W].
+        cams: [C, h, w]; [1 + C, h, w] with the background first if `background` is None.
+        present: the classes, in their order.
+        background: a score, one per pixel [h, w], a function of the resized CAMs [n, h, w], or None.
+        refine: a function of an image [1, K, h, w] and maps [1, 1 + n, h, w], or None.
+        softmax_first: whether the softmax over the channels precedes the refinement.
+        down_scale: divisor of the size.
+        align_corners: of the resizing of the CAMs to that size.
+    """
+    height, width = image.shape[1:]
+    small = (height // down_scale, width // down_scale)
+    if background is None:
+        channels = resize(cams[None, [0, *(c + 1 for c in present)]], *small, align_corners)[0]
+    else:
+        classes = np.zeros((0, *small))
+        if present:
+            classes = resize(cams[None, list(present)], *small, align_corners)[0]
+        if callable(background):
+            score = background(classes)
+        elif isinstance(background, float):
+            score = np.full(small, background)
+        else:
+            score = resize(background[None, None], *small, align_corners)[0, 0]
+        channels = np.concatenate([score[None], classes])
+    if softmax_first:
+        for i, j in np.ndindex(*small):
+            channels[:, i, j] = softmax(channels[:, i, j])
+    if refine is not None:
+        channels = refine(resize(image[None], *small, align_corners=False), channels[None])[0]
+    return resize(channels[None], height, width, align_corners=False)[0]
+
+
+def first_highest(maps: Array, present: Sequence[int]) -> NDArray[np.int64]:
+    """The label [H, W] of the highest of the maps [1 + n, H, W], the first one of equals: 0, or 1 + class."""
+    labels = np.zeros(maps.shape[1:], np.int64)
+    for i, j in np.ndindex(*labels.shape):
+        best = maps[0, i, j]
+        for number, c in enumerate(present):
+            if maps[1 + number, i, j] > best:
+                best, labels[i, j] = maps[1 + number, i, j], 1 + c
+    return labels
+
+
+def margin(maps: Array) -> Array:
+    """By how much the highest of the maps [1 + n, H, W] exceeds the second, [H, W]."""
+    if len(maps) == 1:
+        return np.full(maps.shape[1:], np.inf)
+    ordered = np.sort(maps, axis=0)
+    return np.asarray(ordered[-1] - ordered[-2])
+
+
+def merge(high: NDArray[np.int64], low: NDArray[np.int64], ignore: int) -> NDArray[np.int64]:
+    """A class in `high` stays, background in both stays, and all else is ignored."""
+    merged = np.full(high.shape, ignore)
+    for index in np.ndindex(high.shape):
+        if high[index] > 0:
+            merged[index] = high[index]
+        elif low[index] == 0:
+            merged[index] = 0
+    return merged
+
+
+def cam_labels(
+    cams: Array, present: Sequence[int], high: float | Array, low: float | Array, ignore: int
+) -> NDArray[np.int64]:
+    """One image [C, h, w]: the class of the highest CAM above `high`, 0 where it is at most `low`, else ignored."""
+    labels = np.zeros(cams.shape[1:], np.int64)
+    high, low = np.broadcast_to(high, labels.shape), np.broadcast_to(low, labels.shape)
+    for i, j in np.ndindex(*labels.shape):
+        best, label = -np.inf, 0
+        for c in present:
+            if cams[c, i, j] > best:
+                best, label = cams[c, i, j], 1 + c
+        labels[i, j] = label if best > high[i, j] else 0 if best <= low[i, j] else ignore
+    return labels
+
+
+def confident_labels(
+    masks: Array,
+    present: Sequence[int],
+    foreground: float,
+    background: float,
+    floor: float,
+    discard: str,
+    ignore: int,
+) -> NDArray[np.int64]:
+    """One image [1 + C, h, w], background first: what the paper's section 3.3 takes as ground truth."""
+    channels = [0, *(1 + c for c in present)]
+    claims = {}
+    for channel in channels:
+        threshold = max(floor, (background if channel == 0 else foreground) * masks[channel].max())
+        claims[channel] = masks[channel] > threshold
+    labels = np.full(masks.shape[1:], ignore)
+    for i, j in np.ndindex(*labels.shape):
+        claiming = [channel for channel in channels if claims[channel][i, j]]
+        if len(claiming) == 1:
+            labels[i, j] = claiming[0]
+    needed = {"none": [], "classes": channels[1:], "all": channels}[discard]
+    if any(channel not in labels for channel in needed):
+        labels[:] = ignore
+    return labels

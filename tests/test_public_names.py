@@ -45,6 +45,16 @@ LAYERS: dict[str, dict[str, Any]] = {
         "w2": 0.01,
         "guard": 1e-8,
     },
+    "PseudoLabels": {
+        "refine": REQUIRED,
+        "background": (0.7, 0.25),
+        "softmax": True,
+        "down_scale": 2,
+        "crop": False,
+        "align_corners": False,
+        "ignore_index": 255,
+        "max_classes": None,
+    },
     "StochasticGate": {"mixing_rate": 0.3, "mode": "stochastic"},
     "nGWPPool": {"eps": 1.0},
 }
@@ -59,10 +69,20 @@ CALLS: dict[str, list[str]] = {
     "PAR.forward": ["imgs", "masks"],
     "PAR.affinity": ["imgs"],
     "PAR.propagate": ["masks", "affinity"],
+    "PseudoLabels.forward": ["images", "cams", "labels"],
+    "PseudoLabels.labels_and_maps": ["images", "cams", "labels"],
     "StochasticGate.forward": ["deep", "shallow"],
     "nGWPPool.forward": ["scores", "masks"],
 }
 FUNCTIONS: dict[str, dict[str, Any]] = {
+    "cam_to_label": {
+        "cams": REQUIRED,
+        "labels": REQUIRED,
+        "background": (0.7, 0.25),
+        "boxes": None,
+        "ignore_index": 255,
+        "max_classes": None,
+    },
     "dense_crf": {"image": REQUIRED, "scores": REQUIRED, **LAYERS["DenseCRF"]},
     "dense_energy_loss": {
         **dict.fromkeys(["images", "segmentations", "rois", "unlabelled", "sigma_rgb", "sigma_xy"], REQUIRED),
@@ -70,10 +90,37 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     },
     "focal_size_penalty": {"masks": REQUIRED, **LAYERS["FocalSizePenalty"]},
     "global_cue_injection": {"shallow": REQUIRED, "cues": REQUIRED, "eps": 1e-5},
+    "merge_labels": {"high": REQUIRED, "low": REQUIRED, "ignore_index": 255},
+    "multi_scale_cam": {"model": REQUIRED, "images": REQUIRED, "scales": (1.0, 0.5, 1.5), "flip": True},
     "ngwp_pool": {"scores": REQUIRED, "masks": REQUIRED, **LAYERS["nGWPPool"]},
+    "normalise_cam": {"cams": REQUIRED, "eps": 1e-5},
     "pamr": {"image": REQUIRED, "mask": REQUIRED, **LAYERS["PAMR"]},
     "par": {"imgs": REQUIRED, "masks": REQUIRED, **LAYERS["PAR"]},
+    "refine_pseudo_labels": {
+        "images": REQUIRED,
+        "cams": REQUIRED,
+        "labels": REQUIRED,
+        "refine": REQUIRED,
+        "background": (0.7, 0.25),
+        "softmax": True,
+        "down_scale": 2,
+        "boxes": None,
+        "crop": False,
+        "align_corners": False,
+        "ignore_index": 255,
+        "max_classes": None,
+    },
     "stochastic_gate": {"deep": REQUIRED, "shallow": REQUIRED, "mixing_rate": 0.3, "training": True},
+    "threshold_pseudo_labels": {
+        "masks": REQUIRED,
+        "labels": REQUIRED,
+        "foreground": 0.6,
+        "background": 0.7,
+        "floor": 0.2,
+        "discard": "classes",
+        "ignore_index": 255,
+        "max_classes": None,
+    },
 }
 OPERATORS: dict[str, dict[str, Any]] = {
     "bilateral_filter": {
@@ -103,7 +150,7 @@ def assert_accepts(function: Callable[..., Any], expected: dict[str, Any]) -> No
 
 
 def test_names() -> None:
-    assert set(wsseg_layers.__all__) == {*LAYERS, "functional"}
+    assert set(wsseg_layers.__all__) == {*LAYERS, "PowerBackground", "functional"}
     assert set(functional.__all__) == {*FUNCTIONS, *OPERATORS}
     assert isinstance(wsseg_layers.__version__, str)
     for module in (wsseg_layers, functional):

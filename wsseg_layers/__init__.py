@@ -5,6 +5,12 @@ refinement of Ru et al., CVPR 2022, which uses the propagation of PAMR with anot
 Krähenbühl and Koltun, NIPS 2011, with the dense energy loss of Tang et al., ECCV 2018.
 """
 
+from pathlib import Path
+
+if not Path(__file__).with_name("kernels").is_dir():
+    # Sources without symlinks (git on Windows, an unpacked source distribution): the folder lies beside the package.
+    __path__.append(str(Path(__file__).parents[1]))
+
 from . import functional
 from .dense_crf import DenseCRF
 from .dense_energy_loss import DenseEnergyLoss
@@ -12,10 +18,11 @@ from .gci import GCI
 from .ngwp import nGWPPool
 from .pamr import PAMR
 from .par import PAR
+from .pseudo_labels import PowerBackground, PseudoLabels
 from .size_penalty import FocalSizePenalty
 from .stochastic_gate import StochasticGate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GCI",
@@ -24,6 +31,8 @@ __all__ = [
     "DenseCRF",
     "DenseEnergyLoss",
     "FocalSizePenalty",
+    "PowerBackground",
+    "PseudoLabels",
     "StochasticGate",
     "functional",
     "nGWPPool",

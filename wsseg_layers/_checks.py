@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 INT32_MAX = 2**31 - 1
-FLOAT32 = torch.finfo(torch.float32)
+# Numbers, because old versions of torch.compile cannot read the attributes of finfo.
+FLOAT32_MAX, FLOAT32_TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -20,8 +21,8 @@ def check_real(name: str, value: float) -> None:
     magnitude = abs(value if isinstance(value, Integral) else float(value))
     if not magnitude < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
-    if magnitude > FLOAT32.max:
-        raise ValueError(f"{name} must be at most {FLOAT32.max:.3g}, the largest float32, got {value}")
+    if magnitude > FLOAT32_MAX:
+        raise ValueError(f"{name} must be at most {FLOAT32_MAX:.3g}, the largest float32, got {value}")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -29,8 +30,8 @@ def check_positive(name: str, value: float) -> None:
     check_real(name, value)
     if value <= 0:
         raise ValueError(f"{name} must be positive, got {value}")
-    if value < FLOAT32.tiny:
-        raise ValueError(f"{name} must be at least {FLOAT32.tiny:.3g}, below which it is 0 in float32, got {value}")
+    if value < FLOAT32_TINY:
+        raise ValueError(f"{name} must be at least {FLOAT32_TINY:.3g}, below which it is 0 in float32, got {value}")
 
 
 def check_not_negative(name: str, value: float) -> None:
@@ -52,10 +53,15 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_count(name: str, value: int, minimum: int) -> None:
-    """Refuse anything but an integer of 32 bits of at least `minimum`."""
+def check_integer(name: str, value: int) -> None:
+    """Refuse anything but an integer."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def check_count(name: str, value: int, minimum: int) -> None:
+    """Refuse anything but an integer of 32 bits of at least `minimum`."""
+    check_integer(name, value)
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
     if value > INT32_MAX:

@@ -1,7 +1,7 @@
 """What the two mask refinements, PAMR and PAR, have in common."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +17,12 @@ from ._checks import (
     check_pixels,
     check_same_device,
 )
-from .kernels import BackendName, pamr_propagate
 from .kernels.operators import check_backend
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 Resize = Literal["mask", "image", "none"]
 Absent = Literal["zero", "keep"]
+RESIZES, ABSENTS = get_args(Resize), get_args(Absent)  # not in the functions: old torch.compile cannot trace get_args
 
 
 def check_settings(
@@ -30,7 +30,7 @@ def check_settings(
 ) -> tuple[int, ...]:
     """Check the arguments that both modules are constructed with; return the dilations as a tuple."""
     check_count("num_iter", num_iter, minimum=0)
-    check_choice("resize", resize, get_args(Resize))
+    check_choice("resize", resize, RESIZES)
     check_backend(backend)
     check_affinity_dtype(affinity_dtype)
     return check_dilations(dilations)
@@ -42,61 +42,67 @@ def check_affinity_dtype(affinity_dtype: torch.dtype) -> None:
         raise ValueError(f"affinity_dtype must be one of {', '.join(map(str, DTYPES))}, got {affinity_dtype!r}")
 
 
-def refine(
-    named_image: tuple[str, Tensor],
-    named_mask: tuple[str, Tensor],
-    compute_affinity: Callable[[Tensor], Tensor],
-    dilations: Sequence[int],
-    num_iter: int,
-    resize: Resize,
-    backend: BackendName,
-    classes: Tensor | None,
-    absent: Absent,
-) -> Tensor:
-    """Refine masks [B * V, C, h, w] with the affinity of images [B, K, H, W].
-
-    Args:
-        named_image: the caller's name of the image, and the image.
-        named_mask: the caller's name of the masks, and the masks. V masks of an image follow each other.
-        compute_affinity: returns the affinity [B, N, H, W] of an image, after the image was resized.
-        dilations: positive integers.
-        num_iter: number of iterations.
-        resize: what is resized if sizes differ: "mask", "image" or "none".
-        backend: name of the backend.
-        classes: bool [B * V, C], the channels to refine; None for all.
-        absent: what the result holds in other channels: "zero" or "keep" (the masks, resized).
+def match_image(named_image: tuple[str, Tensor], named_mask: tuple[str, Tensor], resize: Resize) -> Tensor:
+    """Check an image [B, K, H, W] and masks [B * V, C, h, w], given as pairs (name, tensor).
 
     Returns:
-        Masks [B * V, C, H, W].
+        The image; resized to the masks if `resize` is "image".
     """
-    check_choice("resize", resize, get_args(Resize))
-    (image_name, image), (mask_name, mask) = named_image, named_mask
+    check_choice("resize", resize, RESIZES)
     for name, maps in (named_image, named_mask):
         check_maps(name, maps)
         check_pixels(name, maps)
     check_same_device(named_image, named_mask)
     check_multiple_batch(named_mask, named_image)
+    (image_name, image), (mask_name, mask) = named_image, named_mask
     if resize == "none" and image.shape[2:] != mask.shape[2:]:
         raise ValueError(
             f"{mask_name} must have the height and width of {image_name} {list(image.shape)} when resize='none',"
             f" got shape {list(mask.shape)}"
         )
-    if resize == "image":
-        image = resize_to(image, mask.shape[2:])
-    size = image.shape[2:]
-    affinity = compute_affinity(image)
-    if classes is None:
-        return pamr_propagate(resize_to(mask, size), affinity, dilations, num_iter, backend)
+    return resize_to(image, mask.shape[2:]) if resize == "image" else image
 
+
+class Packed(NamedTuple):
+    """The channels of masks that are refined.
+
+    Attributes:
+        masks: [B, M, H, W], the chosen channels of every image first; all masks as they are if no classes are chosen.
+        counts: int64 [B], the number of chosen channels per image, or None.
+        channels: int64 [B, M], the channel of the masks that each packed channel comes from, or None.
+    """
+
+    masks: Tensor
+    counts: Tensor | None
+    channels: Tensor | None
+
+
+def pack_classes(named_mask: tuple[str, Tensor], classes: Tensor | None, image: Tensor, absent: Absent) -> Packed:
+    """Choose channels of masks [B * V, C, h, w], given as a pair (name, tensor), and resize these to the image.
+
+    Args:
+        named_mask: the name of the masks, and the masks.
+        classes: bool [B * V, C], the channels to refine; None for all.
+        image: image, [B, K, H, W].
+        absent: "zero" or "keep"; checked here, used by `unpack_classes`.
+    """
+    check_choice("absent", absent, ABSENTS)
+    _, mask = named_mask
+    if classes is None:
+        return Packed(resize_to(mask, image.shape[2:]), None, None)
     check_classes(classes, named_mask)
-    check_choice("absent", absent, get_args(Absent))
-    shape = (image.shape[0], -1)  # [B * V, C] -> [B, V * C]: all masks of an image in one row
-    index, counts = present_first(classes.reshape(shape))
-    flat = mask.reshape(*shape, *mask.shape[2:])
-    packed = resize_to(flat.gather(1, spread(index, mask.shape[2:])), size)  # [B, M, H, W]
-    refined = pamr_propagate(packed, affinity, dilations, num_iter, backend, counts)
-    result = refined.new_zeros(*flat.shape[:2], *size).scatter(1, spread(index, size), refined)
-    result = result.reshape(*mask.shape[:2], *size)
+    joined = join_views(mask, image)
+    index, counts = present_first(classes.reshape(joined.shape[:2]))
+    return Packed(resize_to(take_channels(joined, index), image.shape[2:]), counts, index)
+
+
+def unpack_classes(refined: Tensor, packed: Packed, mask: Tensor, classes: Tensor | None, absent: Absent) -> Tensor:
+    """Return refined masks [B * V, C, H, W] from packed ones [B, M, H, W]; other channels are 0 or those of `mask`."""
+    if packed.channels is None or classes is None:
+        return refined
+    size = refined.shape[2:]
+    result = put_channels(refined, packed.channels, join_views(mask, refined).shape[1])
+    result = result.reshape(*mask.shape[:2], *size)  # [B, V * C, H, W] -> [B * V, C, H, W]
     if absent == "keep":
         return torch.where(classes[:, :, None, None], result, resize_to(mask, size))
     return result
@@ -113,24 +119,60 @@ def check_classes(classes: Tensor, named_mask: tuple[str, Tensor]) -> None:
     check_same_device((name, mask), ("classes", classes))
 
 
-def present_first(classes: Tensor) -> tuple[Tensor, Tensor]:
+def present_first(classes: Tensor, max_classes: int | None = None) -> tuple[Tensor, Tensor]:
     """Return, for a bool [B, C], the channels of every image with the present ones first, and how many are present.
 
+    Args:
+        classes: bool, [B, C].
+        max_classes: upper bound on the present channels of an image, or None. A row with more of them is an error.
+
     Returns:
-        Indices [B, M] and counts [B], int64. M is the largest count on a CPU. It is C on other devices, where reading
-        the counts would wait for the device, and in compiled code, where shapes do not depend on data.
+        Indices [B, M] and counts [B], int64. M is the largest count on a CPU. It is `max_classes` or C on other
+        devices, where reading the counts would wait for the device, and in compiled code, where shapes do not depend
+        on data.
     """
     counts = classes.sum(dim=1)
     index = classes.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if classes.device.type == "cpu" and counts.numel() > 0 and not traced:
-        index = index[:, : max(1, int(counts.max()))]
+    if reads_values(counts):
+        largest = int(counts.max())
+        if max_classes is not None and largest > max_classes:
+            raise ValueError(f"max_classes must be at least the classes of an image, {largest}, got {max_classes}")
+        return index[:, : max(1, largest)], counts
+    if max_classes is not None and max_classes < classes.shape[1]:
+        torch._assert_async((counts <= max_classes).all(), "max_classes is exceeded by the classes of an image")
+        index = index[:, :max_classes]
     return index, counts
 
 
-def spread(index: Tensor, size: Sequence[int]) -> Tensor:
-    """Return indices [B, M] as [B, M, h, w], for `gather` and `scatter`."""
-    return index[:, :, None, None].expand(-1, -1, *size)
+def reads_values(tensor: Tensor) -> bool:
+    """Return whether Python may look at values: those of a CPU, in eager mode, of a batch that is not empty."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not traced
+
+
+def join_views(mask: Tensor, image: Tensor) -> Tensor:
+    """Return masks [B * V, C, h, w] as [B, V * C, h, w], all masks of an image in one row, for B images."""
+    views = mask.shape[0] // image.shape[0] if image.shape[0] else 1
+    return mask.reshape(image.shape[0], views * mask.shape[1], *mask.shape[2:])
+
+
+def take_channels(maps: Tensor, index: Tensor) -> Tensor:
+    """Return the channels [B, M] of maps [B, C, ...] as [B, M, ...]; `gather` takes eight times as long on a CPU."""
+    planes = _planes(index, maps.shape[1])
+    return maps.flatten(0, 1).index_select(0, planes).unflatten(0, index.shape)
+
+
+def put_channels(maps: Tensor, index: Tensor, channels: int) -> Tensor:
+    """Return maps [B, M, ...] as the channels [B, M] of otherwise zero maps [B, C, ...], C = `channels`."""
+    result = maps.new_zeros(index.shape[0] * channels, *maps.shape[2:])
+    result = result.index_copy(0, _planes(index, channels), maps.flatten(0, 1))
+    return result.unflatten(0, (index.shape[0], channels))
+
+
+def _planes(index: Tensor, channels: int) -> Tensor:
+    """Return the planes [B * M] of maps [B * C, ...] that are channels [B, M] of maps [B, C, ...]."""
+    first = channels * torch.arange(index.shape[0], device=index.device)
+    return (first[:, None] + index).flatten()
 
 
 def resize_to(maps: Tensor, size: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_count, check_maps, check_not_negative, check_pixels, check_positive
-from ._refinement import check_classes, present_first, spread
+from ._refinement import check_classes, present_first, put_channels, take_channels
 from .kernels import BackendName
 from .kernels.filters import check_image, mean_field
 from .kernels.operators import check_backend
@@ -80,20 +80,20 @@ def dense_crf(
     check_image(image, ("scores", scores))
     check_choice("inputs", inputs, get_args(Inputs))
     check_floor(floor)
-    logits = scores if inputs == "logits" else _log(scores, floor)
     numbers = (gaussian_sigma_xy, gaussian_weight, bilateral_sigma_xy, bilateral_sigma_rgb, bilateral_weight)
     if classes is None:
+        logits = scores if inputs == "logits" else _log(scores, floor)
         return mean_field(logits, image, num_iter, *numbers, backend).to(scores.dtype)
 
     check_classes(classes, ("scores", scores))
     index, _ = present_first(classes)
-    size = scores.shape[2:]
-    present = classes.gather(1, index)[:, :, None, None]  # [B, M, 1, 1]
+    packed = take_channels(scores, index)  # [B, M, H, W]
+    present = classes.gather(1, index)[:, :, None, None]
     # Where no class is present, all are: their marginals are not used.
     excluded = ~present & present.any(dim=1, keepdim=True)
-    packed = logits.gather(1, spread(index, size)).masked_fill(excluded, -float("inf"))
-    marginals = mean_field(packed, image, num_iter, *numbers, backend).masked_fill(~present, 0)
-    return marginals.new_zeros(scores.shape).scatter(1, spread(index, size), marginals).to(scores.dtype)
+    logits = (packed if inputs == "logits" else _log(packed, floor)).masked_fill(excluded, -float("inf"))
+    marginals = mean_field(logits, image, num_iter, *numbers, backend).masked_fill(~present, 0)
+    return put_channels(marginals, index, scores.shape[1]).to(scores.dtype)
 
 
 def _log(probabilities: Tensor, floor: float) -> Tensor:

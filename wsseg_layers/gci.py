@@ -4,7 +4,7 @@ Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR
 https://arxiv.org/abs/2005.08104
 """
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -175,9 +175,9 @@ class GCI(nn.Module):
         check_pixels(name, features)
         if features.shape[1] != channels:
             raise ValueError(f"{name} must have {channels} channels, got shape {list(features.shape)}")
-        weight = next(self.parameters(), None)
-        if weight is None:  # a replica of nn.DataParallel
-            return
+        # Not next(self.parameters()): a replica of nn.DataParallel has none.
+        convolution = self.get_submodule("project.0" if self.norm == "batch" else "project")
+        weight = cast(Tensor, convolution.weight)
         check_same_device((name, features), ("the module's weights", weight))
         if features.dtype != weight.dtype and not autocasts(features.device):
             raise TypeError(f"{name} must have the dtype of the module's weights, {weight.dtype}, got {features.dtype}")

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2005.08104
 from torch import Tensor, nn
 
 from ._checks import check_maps, check_positive, check_same_device
-from ._dtypes import result_dtype, working_dtype
+from ._dtypes import cast, result_dtype, working_dtype
 
 
 def ngwp_pool(scores: Tensor, masks: Tensor, eps: float = 1.0) -> Tensor:
@@ -53,10 +53,10 @@ def ngwp_pool(scores: Tensor, masks: Tensor, eps: float = 1.0) -> Tensor:
     check_same_device(("scores", scores), ("masks", masks))
 
     dtype = working_dtype(scores, masks)
-    weights = masks.to(dtype)
-    weighted = (weights * scores.to(dtype)).sum(dim=(2, 3))
+    weights = cast(masks, dtype)
+    weighted = (weights * cast(scores, dtype)).sum(dim=(2, 3))
     pooled = weighted / (float(eps) + weights.sum(dim=(2, 3)))  # eq. 3
-    return pooled.to(result_dtype(scores, masks))
+    return cast(pooled, result_dtype(scores, masks))
 
 
 class nGWPPool(nn.Module):  # noqa: N801 - the paper's spelling

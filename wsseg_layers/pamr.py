@@ -16,7 +16,9 @@ from ._refinement import (
     StatelessRefinement,
     check_affinity_dtype,
     check_settings,
-    refine,
+    match_image,
+    pack_classes,
+    unpack_classes,
 )
 from .kernels import BackendName, Variant, VariantName, pamr_affinity, pamr_propagate
 from .kernels.operators import check_variant
@@ -86,13 +88,11 @@ def pamr(
         torch.Size([1, 21, 64, 48])
     """
     check_affinity_dtype(affinity_dtype)
-
-    def affinity(image: Tensor) -> Tensor:
-        return pamr_affinity(image, dilations, variant, backend).to(affinity_dtype)  # eq. 8
-
-    return refine(  # eq. 7
-        ("image", image), ("mask", mask), affinity, dilations, num_iter, resize, backend, classes, absent
-    )
+    image = match_image(("image", image), ("mask", mask), resize)
+    packed = pack_classes(("mask", mask), classes, image, absent)
+    affinity = pamr_affinity(image, dilations, variant, backend).to(affinity_dtype)  # eq. 8
+    refined = pamr_propagate(packed.masks, affinity, dilations, num_iter, backend, packed.counts)  # eq. 7
+    return unpack_classes(refined, packed, mask, classes, absent)
 
 
 class PAMR(StatelessRefinement):
@@ -163,9 +163,12 @@ class PAMR(StatelessRefinement):
         """Return the weights [B, N, H, W] of an image [B, K, H, W]; N = 8 x number of dilations."""
         return pamr_affinity(image, self.dilations, self.variant, self.backend).to(self.affinity_dtype)
 
-    def propagate(self, mask: Tensor, affinity: Tensor) -> Tensor:
-        """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave."""
-        return pamr_propagate(mask, affinity, self.dilations, self.num_iter, self.backend)
+    def propagate(self, mask: Tensor, affinity: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave.
+
+        With `counts`, int64 [B], only the first `counts[b]` channels of image b are refined; the others are 0.
+        """
+        return pamr_propagate(mask, affinity, self.dilations, self.num_iter, self.backend, counts)
 
     def extra_repr(self) -> str:
         """Return what `print(module)` shows."""

@@ -17,7 +17,9 @@ from ._refinement import (
     StatelessRefinement,
     check_affinity_dtype,
     check_settings,
-    refine,
+    match_image,
+    pack_classes,
+    unpack_classes,
 )
 from .kernels import BackendName, pamr_affinity, pamr_propagate
 from .kernels.variants import GUARD, PAR_W1, PAR_W2, par_variant
@@ -44,8 +46,8 @@ def par(
     softmax over the neighbours:
 
     .. math::
-        \mathrm{softmax}\left(-\Big(\frac{|I_i - I_n|}{w_1 \sigma_i}\Big)^2\right)
-        + w_2 \, \mathrm{softmax}\left(-\Big(\frac{|p_i - p_n|}{w_1 \sigma_p}\Big)^2\right)
+        \mathrm{softmax}\left(-\left(\frac{|I_i - I_n|}{w_1 \sigma_i}\right)^2\right)
+        + w_2 \, \mathrm{softmax}\left(-\left(\frac{|p_i - p_n|}{w_1 \sigma_p}\right)^2\right)
 
     The colour term is averaged over the channels of the image before the softmax. sigma is the unbiased standard
     deviation over the neighbours; `guard` is added to it. The weights sum to 1 + w2, so that with the published w2 of
@@ -87,11 +89,11 @@ def par(
         >>> par(imgs, masks, dilations=[1, 2, 4], num_iter=2).shape
         torch.Size([1, 21, 64, 48])
     """
-
-    def affinity(imgs: Tensor) -> Tensor:
-        return _affinity(imgs, dilations, renormalise, backend, w1, w2, guard, affinity_dtype)
-
-    return refine(("imgs", imgs), ("masks", masks), affinity, dilations, num_iter, resize, backend, classes, absent)
+    imgs = match_image(("imgs", imgs), ("masks", masks), resize)
+    packed = pack_classes(("masks", masks), classes, imgs, absent)
+    affinity = _affinity(imgs, dilations, renormalise, backend, w1, w2, guard, affinity_dtype)
+    refined = pamr_propagate(packed.masks, affinity, dilations, num_iter, backend, packed.counts)
+    return unpack_classes(refined, packed, masks, classes, absent)
 
 
 class PAR(StatelessRefinement):
@@ -172,11 +174,14 @@ class PAR(StatelessRefinement):
             imgs, self.dilations, self.renormalise, self.backend, self.w1, self.w2, self.guard, self.affinity_dtype
         )
 
-    def propagate(self, masks: Tensor, affinity: Tensor) -> Tensor:
-        """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave."""
+    def propagate(self, masks: Tensor, affinity: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Return the masks [B, C, H, W], refined by the weights [B, N, H, W] that `affinity` gave.
+
+        With `counts`, int64 [B], only the first `counts[b]` channels of image b are refined; the others are 0.
+        """
         check_maps("masks", masks)
         check_pixels("masks", masks)
-        return pamr_propagate(masks, affinity, self.dilations, self.num_iter, self.backend)
+        return pamr_propagate(masks, affinity, self.dilations, self.num_iter, self.backend, counts)
 
     def extra_repr(self) -> str:
         """Return what `print(module)` shows."""

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2005.08104
 from torch import Tensor, nn
 
 from ._checks import check_maps, check_not_negative, check_positive
-from ._dtypes import result_dtype, working_dtype
+from ._dtypes import cast, result_dtype, working_dtype
 
 
 def focal_size_penalty(masks: Tensor, p: float = 3.0, lam: float = 0.01) -> Tensor:
@@ -44,13 +44,14 @@ def focal_size_penalty(masks: Tensor, p: float = 3.0, lam: float = 0.01) -> Tens
         raise ValueError(f"masks must have at least one pixel, got shape {list(masks.shape)}")
 
     mean = masks.mean(dim=(2, 3), dtype=working_dtype(masks))  # eq. 16
-    # (1 - mean)^p where 1 - mean > 0, else 0^p. Computed apart: at 0 the gradient of the power is infinite for p < 1,
-    # and below 0 the power is NaN.
     rest = 1 - mean
-    full = rest <= 0
-    focus = rest.masked_fill(full, 1.0).pow(float(p)).masked_fill(full, 0.0**p)
+    if p > 1:
+        focus = rest.clamp(min=0).pow(float(p))
+    else:  # at 0 the derivative of the power is infinite for p < 1, and undefined for p = 1
+        full = rest <= 0
+        focus = rest.masked_fill(full, 1.0).pow(float(p)).masked_fill(full, 0.0**p)
     penalty = focus * (float(lam) + mean).log()  # eq. 5; eq. 4 with p = 0
-    return penalty.to(result_dtype(masks))
+    return cast(penalty, result_dtype(masks))
 
 
 class FocalSizePenalty(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ._checks import check_choice, check_flag, check_floating, check_real, check_same_device
 
 Mode = Literal["stochastic", "deterministic"]
+MODES = get_args(Mode)
 
 
 def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3, training: bool = True) -> Tensor:
@@ -91,14 +92,14 @@ class StochasticGate(nn.Module):
 
     def __init__(self, mixing_rate: float = 0.3, mode: Mode = "stochastic") -> None:
         super().__init__()
-        check_choice("mode", mode, get_args(Mode))
+        check_choice("mode", mode, MODES)
         _check_mixing_rate(mixing_rate, training=mode == "stochastic")
         self.mixing_rate = mixing_rate
         self.mode = mode
 
     def forward(self, deep: Tensor, shallow: Tensor) -> Tensor:
         """Return the mix of deep and shallow features, which have the same shape."""
-        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("mode", self.mode, MODES)
         return stochastic_gate(deep, shallow, self.mixing_rate, self.training and self.mode == "stochastic")
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""The command line of train_voc.py: which defaults the arguments have depends on some of them."""
+"""The command line of train_voc.py. Some arguments decide the defaults of the others, so they are read first."""
 
 import argparse
 import json
@@ -9,7 +9,6 @@ from pathlib import Path
 import tyro
 
 from .backbones import BACKBONES
-from .checkpoints import CheckpointError
 from .settings import PRESETS, Settings, paper_settings
 
 
@@ -30,13 +29,22 @@ def parse_arguments(argv: Sequence[str] | None) -> Settings:
 
 
 def resumed_settings(resume: Path) -> Settings:
-    """Return the settings of the run in a folder, or of the run that a checkpoint belongs to."""
+    """Return the settings of the run in a folder, or of the run to which a checkpoint belongs."""
+    if not resume.exists():
+        raise ValueError(f"--resume: no run to go on with: looked for {resume}")
     folder = resume if resume.is_dir() else resume.parent
-    path = folder / "settings.json"
-    if not resume.exists() or not path.is_file():
-        raise CheckpointError(f"--resume: no run to go on with: looked for {resume if not resume.exists() else path}")
     try:
-        settings = Settings.from_json(json.loads(path.read_text()))
+        return replace(run_settings(folder), output=folder, resume=resume)
+    except ValueError as error:
+        raise ValueError(f"--resume: {error}") from error
+
+
+def run_settings(folder: Path) -> Settings:
+    """Return the settings of the run in a folder."""
+    path = folder / "settings.json"
+    if not path.is_file():
+        raise ValueError(f"no run of train_voc.py in {folder}: looked for {path}")
+    try:
+        return Settings.from_json(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"--resume: cannot read settings {path}: {error}") from error
-    return replace(settings, output=folder, resume=resume)
+        raise ValueError(f"cannot read settings {path}: {error}") from error

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without executing anything."""
+"""Checkpoints: written whole or not at all, read without executing code."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,50 +7,31 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .archives import load_tensors
-from .backbones import Backbone, build_backbone, pretrained_backbone
-from .model import CAMNet, SingleStageNet
+from .backbones import build_backbone
+from .files.tensors import load_tensors
+from .files.whole import write_whole
+from .model import Network, build_model
 from .settings import Settings
-
-Network = SingleStageNet | CAMNet
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another kind; the message says which file."""
+    """A checkpoint is missing, damaged or of another kind; the message names the file."""
 
 
 class Trained(NamedTuple):
-    """A trained network in eval mode, the names of its classes (without background), and how it was trained."""
+    """A trained network in eval mode, the names of its classes (without background), and its settings."""
 
     model: Network
     classes: tuple[str, ...]
     settings: Settings
 
 
-def build_model(settings: Settings, num_classes: int, backbone: Backbone | None = None) -> Network:
-    """Build the network that the settings describe, on a backbone with ImageNet weights unless one is given."""
-    if backbone is None:
-        backbone = pretrained_backbone(settings.backbone, settings.weights)
-    if settings.model == "cam":
-        return CAMNet(backbone, num_classes)
-    return SingleStageNet(
-        backbone,
-        num_classes,
-        settings.channels,
-        settings.mixing_rate,
-        settings.gate,
-        settings.gci,
-        settings.penalty_power,
-        settings.penalty_weight,
-    )
-
-
 def save_checkpoint(
     path: Path, model: Network, settings: Settings, classes: Sequence[str], progress: Mapping[str, Any]
 ) -> None:
-    """Write the model, what is needed to build it again, and the training's progress.
+    """Write the weights, the settings and classes that build the network again, and the training's progress.
 
-    An older file at `path` survives a write that fails or is cut off.
+    If writing fails or is cut off, an older file at `path` stays as it was.
     """
     checkpoint = {
         "model": model.state_dict(),
@@ -58,23 +39,21 @@ def save_checkpoint(
         "classes": list(classes),
         "progress": dict(progress),
     }
-    partial = path.with_name(path.name + ".partial")
-    try:
+
+    def write(partial: Path) -> None:
         with partial.open("wb") as file:
-            torch.save(checkpoint, file)
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # raised by torch.save when the disk becomes full
+                raise OSError(f"is the disk full? ({str(error).splitlines()[0]})") from error
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        if isinstance(error, RuntimeError):  # what torch.save makes of a disk that fills up while it writes
-            reason = f"is the disk full? ({reason})"
-        raise OSError(f"cannot write checkpoint {path}: {reason}") from error
+
+    write_whole(path, write)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote."""
+    """Read the dictionary that `save_checkpoint` wrote."""
     if not path.is_file():
         raise CheckpointError(f"checkpoint not found: {path}")
     try:
@@ -83,7 +62,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read checkpoint {path}: {error}") from error
     missing = {"model", "settings", "classes", "progress"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
-        raise CheckpointError(f"{path} is no checkpoint of train_voc.py: it has no {', '.join(sorted(missing))}")
+        raise CheckpointError(f"{path} is not a checkpoint of train_voc.py: it has no {', '.join(sorted(missing))}")
     return checkpoint
 
 

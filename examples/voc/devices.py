@@ -4,7 +4,7 @@ import torch
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of a name, or the best there is; it can be used."""
+    """Return the device of this name, or for `auto` the best one; an error says why it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -1,4 +1,4 @@
-"""The segmentation network (Figures 3 and 7 of the paper) and the CAM-GAP baseline. No loss is known here."""
+"""The segmentation network (Figures 3 and 7 of the paper) and the CAM-GAP baseline; the losses are in losses.py."""
 
 from typing import Literal, NamedTuple
 
@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from wsseg_layers import GCI, FocalSizePenalty, StochasticGate, nGWPPool
 
-from .backbones import Backbone
+from .backbones import Backbone, pretrained_backbone
+from .settings import Settings
 
 SKIP_CHANNELS = 48
 
 
-class Prediction(NamedTuple):
-    """What both networks return: `class_scores` [B, C], `logits` and `masks` [B, C + 1, h, w], background first."""
+class Output(NamedTuple):
+    """The output of both networks: `class_scores` [B, C], `logits` and `masks` [B, C + 1, h, w], background first."""
 
     class_scores: Tensor
     logits: Tensor
@@ -53,12 +54,25 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, in_channels, h, w] to [B, out_channels, h, w]."""
-        pooled = self.image_pool(x).expand(-1, -1, *x.shape[-2:])
+        pooled = self.image_pool(x).expand(-1, -1, *x.shape[-2:])  # [B, out_channels, h, w]
         return self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], dim=1))
 
 
 class SingleStageNet(nn.Module):
-    """Backbone, ASPP, skip from conv3, global cue injection, stochastic gate, decoder, nGWP and focal size penalty."""
+    """Backbone, ASPP, skip from conv3, global cue injection, stochastic gate, decoder, nGWP and focal size penalty.
+
+    Args:
+        backbone: the pre-trained network.
+        num_classes: the number of classes C, without background.
+        channels: the width of ASPP and decoder.
+        mixing_rate: psi of eq. 9 and 10.
+        gate: draw the shallow features (eq. 9) or mix them (eq. 10) in training.
+        gci: inject global cues into the shallow features (eq. 11).
+        gci_norm: normalisation of the shallow features in GCI: "batch" as published, "instance" as printed in eq. 11.
+        size_penalty: add the focal size penalty (eq. 5) to the class scores.
+        penalty_power: p of eq. 5.
+        penalty_lambda: lambda of eq. 5.
+    """
 
     def __init__(
         self,
@@ -68,8 +82,10 @@ class SingleStageNet(nn.Module):
         mixing_rate: float = 0.3,
         gate: Literal["stochastic", "deterministic"] = "stochastic",
         gci: bool = True,
+        gci_norm: Literal["batch", "instance"] = "batch",
+        size_penalty: bool = True,
         penalty_power: float = 3.0,
-        penalty_weight: float = 0.01,
+        penalty_lambda: float = 0.01,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -77,7 +93,7 @@ class SingleStageNet(nn.Module):
         self.skip = conv_bn_relu(backbone.conv3_channels, SKIP_CHANNELS, 1)
         self.fuse = conv_bn_relu(channels + SKIP_CHANNELS, channels, 3)
         self.gci = (
-            GCI(channels, shallow_channels=backbone.conv3_channels, norm="batch")
+            GCI(channels, shallow_channels=backbone.conv3_channels, norm=gci_norm)
             if gci
             else NoCues(backbone.conv3_channels, channels)
         )
@@ -90,7 +106,7 @@ class SingleStageNet(nn.Module):
             nn.Conv2d(channels, num_classes, 1),
         )
         self.pool = nGWPPool()
-        self.size_penalty = FocalSizePenalty(penalty_power, penalty_weight) if penalty_weight else None
+        self.size_penalty = FocalSizePenalty(penalty_power, penalty_lambda) if size_penalty else None
         initialise(self.new_modules())
 
     def new_modules(self) -> list[nn.Module]:
@@ -98,42 +114,42 @@ class SingleStageNet(nn.Module):
         return [self.aspp, self.skip, self.fuse, self.gci, self.decoder]
 
     def frozen_norms(self) -> list[nn.Module]:
-        """Return the parts whose BatchNorm statistics stay as they are."""
+        """Return the parts whose BatchNorm statistics are not updated in training."""
         return [self.backbone, self.aspp]
 
-    def forward(self, image: Tensor) -> Prediction:
-        """Predict class scores, and masks at the resolution of conv3, from a normalised image [B, 3, H, W]."""
+    def forward(self, image: Tensor) -> Output:
+        """Return class scores, and masks at the resolution of conv3, of a normalised image [B, 3, H, W]."""
         conv3, conv6 = self.backbone(image)
         deep = resize(self.aspp(conv6), conv3.shape[-2:])
-        deep = self.fuse(torch.cat([deep, self.skip(conv3)], dim=1))
-        shallow = self.gci(conv3, deep)
-        scores = self.decoder(self.gate(deep, shallow))
+        deep = self.fuse(torch.cat([deep, self.skip(conv3)], dim=1))  # x^(d) of eq. 9
+        shallow = self.gci(conv3, deep)  # x^(s)*, eq. 11
+        scores = self.decoder(self.gate(deep, shallow))  # y_{c,i,j}; the gate is eq. 9 in training, eq. 10 else
         background = torch.ones_like(scores[:, :1])  # y_0 = 1 everywhere (appendix B.1)
         logits = torch.cat([background, scores], dim=1)
-        masks = logits.softmax(dim=1)
+        masks = logits.softmax(dim=1)  # m_{c,i,j} (appendix B.1)
         foreground = masks[:, 1:]
-        class_scores = self.pool(scores, foreground)
+        class_scores = self.pool(scores, foreground)  # eq. 14 (eq. 3)
         if self.size_penalty is not None:
-            class_scores = class_scores + self.size_penalty(foreground)  # eq. 13
-        return Prediction(class_scores, logits, masks)
+            class_scores = class_scores + self.size_penalty(foreground)  # eq. 13; the penalty is eq. 15 and 16 (eq. 5)
+        return Output(class_scores, logits, masks)
 
 
 class NoCues(nn.Module):
-    """What stands for GCI in its ablation (Table 1c): the shallow features, brought to the deep ones' channels."""
+    """The replacement of GCI in its ablation (Table 1c): a 1x1 convolution of the shallow features."""
 
     def __init__(self, shallow_channels: int, channels: int) -> None:
         super().__init__()
         self.project = conv_bn_relu(shallow_channels, channels, 1)
 
     def forward(self, shallow: Tensor, _deep: Tensor) -> Tensor:
-        """Map [B, shallow_channels, h, w] to [B, channels, h, w], whatever the deep features are."""
+        """Map [B, shallow_channels, h, w] to [B, channels, h, w]; the deep features have no effect."""
         return self.project(shallow)
 
 
 class CAMNet(nn.Module):
     """The CAM-GAP baseline: eq. 1 for the class scores, eq. 2 for the masks."""
 
-    background = 0.1  # the score that a class must exceed, of the authors' baseline
+    background = 0.1  # constant background score of the authors' baseline; a class must exceed it
 
     def __init__(self, backbone: Backbone, num_classes: int) -> None:
         super().__init__()
@@ -147,18 +163,41 @@ class CAMNet(nn.Module):
         return [self.classifier]
 
     def frozen_norms(self) -> list[nn.Module]:
-        """Return the parts whose BatchNorm statistics stay as they are."""
+        """Return the parts whose BatchNorm statistics are not updated in training."""
         return [self.backbone]
 
-    def forward(self, image: Tensor) -> Prediction:
-        """Predict class scores and activation maps, at the resolution of conv6, from a normalised image."""
+    def forward(self, image: Tensor) -> Output:
+        """Return class scores and activation maps, at the resolution of conv6, of a normalised image [B, 3, H, W]."""
         _, conv6 = self.backbone(image)
-        activation = self.classifier(self.dropout(conv6))
+        activation = self.classifier(self.dropout(conv6))  # sum over k of a_{c,k} x_{k,i,j}
         class_scores = activation.mean(dim=(2, 3))  # eq. 1
         cam = activation.relu()  # eq. 2
         cam = cam / (cam.amax(dim=(2, 3), keepdim=True) + 1e-5)
         masks = torch.cat([torch.full_like(cam[:, :1], self.background), cam], dim=1)
-        return Prediction(class_scores, activation, masks)
+        return Output(class_scores, activation, masks)
+
+
+Network = SingleStageNet | CAMNet
+
+
+def build_model(settings: Settings, num_classes: int, backbone: Backbone | None = None) -> Network:
+    """Build the network that the settings describe, on a backbone with ImageNet weights unless one is given."""
+    if backbone is None:
+        backbone = pretrained_backbone(settings.backbone, settings.weights)
+    if settings.model == "cam":
+        return CAMNet(backbone, num_classes)
+    return SingleStageNet(
+        backbone,
+        num_classes,
+        channels=settings.channels,
+        mixing_rate=settings.mixing_rate,
+        gate=settings.gate,
+        gci=settings.gci,
+        gci_norm=settings.gci_norm,
+        size_penalty=settings.size_penalty,
+        penalty_power=settings.penalty_power,
+        penalty_lambda=settings.penalty_lambda,
+    )
 
 
 def initialise(modules: list[nn.Module]) -> None:
@@ -169,11 +208,3 @@ def initialise(modules: list[nn.Module]) -> None:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-
-
-def freeze_norm_statistics(model: SingleStageNet | CAMNet) -> None:
-    """Put the pre-trained BatchNorms into eval mode: call it after every `model.train()`."""
-    for part in model.frozen_norms():
-        for layer in part.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.eval()

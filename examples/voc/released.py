@@ -1,13 +1,16 @@
-"""Load a checkpoint of the authors' published network into ours."""
+"""Load the authors' published checkpoints."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .backbones import load_strictly, read_state_dict, unwrap_state_dict
+from .backbones import build_backbone, load_strictly, read_state_dict, unwrap_state_dict
+from .checkpoints import Trained
+from .dataset.layout import VOC_CLASSES
 from .model import SingleStageNet
+from .settings import BackboneName, paper_settings
 
-# Published module -> ours; what is not here has the same name, inside the backbone.
+# Published module -> ours; all other modules are in our `backbone`, under the same name.
 MODULES = {
     "aspp.aspp1.atrous_conv": "aspp.branches.0.0",
     "aspp.aspp1.bn": "aspp.branches.0.1",
@@ -32,16 +35,16 @@ MODULES = {
     "last_conv.5": "decoder.2.1",
     "last_conv.8": "decoder.4",
 }
-PAMR_PREFIX = "_aff."  # fixed kernels of the published PAMR: ours has none
+PAMR_PREFIX = "_aff."  # constant buffers of the published PAMR; ours has no buffers
 
 
 def load_released_checkpoint(model: SingleStageNet, checkpoint: Path | str | Mapping[str, Any]) -> None:
-    """Load the published network's weights; every key of the checkpoint and of the model is accounted for.
+    """Load the published network's weights; a key that only the checkpoint or only the model has is an error.
 
     Args:
         model: with the backbone, the number of classes and the channels (256) of the checkpoint.
-        checkpoint: a file, or what such a file holds: a state_dict, also under a key such as `model`, also with the
-            prefix `module.`.
+        checkpoint: a file, or its content: a state_dict, which may lie under a key such as `model`, and whose keys
+            may start with `module.`.
 
     Raises:
         WeightsError: the file is missing or unreadable, or a key is missing, unknown or of another shape.
@@ -52,6 +55,13 @@ def load_released_checkpoint(model: SingleStageNet, checkpoint: Path | str | Map
         weights = read_state_dict(Path(checkpoint))
     renamed = {rename_key(key): value for key, value in weights.items() if not key.startswith(PAMR_PREFIX)}
     load_strictly(model, renamed, "the checkpoint does not fit the model")
+
+
+def load_released(path: Path, backbone: BackboneName) -> Trained:
+    """Return the published network of a backbone, in eval mode, with its classes and the authors' settings."""
+    model = SingleStageNet(build_backbone(backbone), len(VOC_CLASSES))
+    load_released_checkpoint(model, path)
+    return Trained(model.eval(), VOC_CLASSES, paper_settings(backbone))
 
 
 def rename_key(key: str) -> str:

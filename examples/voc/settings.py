@@ -1,4 +1,4 @@
-"""The settings of a training run: every field is a command-line argument; its comment is that argument's help."""
+"""The settings of a training run: every field is a command-line argument; its docstring is the argument's help."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,7 +17,6 @@ MINIMA = {
     "weight_decay": 0,
     "accumulate": 1,
     "penalty_power": 0,
-    "penalty_weight": 0,
     "pamr_iterations": 0,
     "pamr_dilations": 1,
     "scales": 0.1,
@@ -38,22 +37,22 @@ class Settings:
 
     data: Path | None = None
     """Root of a data set in VOC's layout: JPEGImages, ImageSets/Segmentation/{train_aug|train,val}.txt,
-    SegmentationClass or SegmentationClassAug, and optionally classes.txt (a class name a line; default: VOC's 20)."""
+    SegmentationClass or SegmentationClassAug, and optionally classes.txt (one name per line; default: VOC's 20)."""
 
     labels: Path | None = None
-    """File of image-level labels, lines `id class class ...`. Default: Annotations/*.xml where there are any, else the
+    """File of image-level labels, lines `id class class ...`. Default: Annotations/*.xml if there are any, else the
     classes of the masks."""
 
     preset: Literal["auto", "toy", "photographs", "paper"] = "auto"
-    """Where the other defaults come from: `toy` (small, drawn data), `photographs` (a laptop), `paper` (section 4.1, a
+    """The source of the other defaults: `toy` (small, drawn data), `photographs` (a laptop), `paper` (section 4.1, a
     GPU); `auto` is `toy` without --data and `photographs` with it."""
 
     output: Path = Path("runs/voc")
     """Folder for checkpoints, table, plot, overlays and TensorBoard's files."""
 
     resume: Path | None = None
-    """Go on with the run in this folder from where it stopped, or from one of its checkpoints. Its settings are
-    taken over; other arguments override them."""
+    """Go on with the run in this folder, or from one of its checkpoints. The run's settings become the defaults; other
+    arguments override them."""
 
     keep_checkpoints: bool = False
     """Keep a checkpoint of every epoch, not only the last."""
@@ -65,7 +64,7 @@ class Settings:
     """Seed of weights, data order, augmentation and stochastic gate."""
 
     backbone: BackboneName = "efficientnet_lite0"
-    """Pre-trained network. The ImageNet weights of EfficientNet-Lite0 come with a pip package."""
+    """Pre-trained network. The ImageNet weights of EfficientNet-Lite0 are in a pip package."""
 
     weights: Path | None = None
     """File of the backbone's ImageNet weights: torchvision's, or those of the paper's authors."""
@@ -77,40 +76,52 @@ class Settings:
     """The paper's network, or the CAM-GAP baseline alone."""
 
     supervision: Literal["labels", "masks"] = "labels"
-    """Train from image-level labels, or, as a second stage (Table 8), from masks."""
+    """Train from image-level labels, or from masks, as a second stage (Table 8)."""
 
     masks: Path | None = None
-    """Folder of the masks for --supervision masks, one PNG an image; default: those of the data set."""
+    """Folder of the masks for --supervision masks, one PNG per image; default: those of the data set."""
+
+    loss: Literal["paper", "published"] = "paper"
+    """Segmentation loss: `paper` is eq. 21-23, with pseudo labels at mask size. `published` is that of the authors'
+    code: pseudo labels and cross-entropy at crop size, images counted only if the background has a pseudo label too,
+    and the plain mean over images. The preset `paper` uses `published`, because it made the paper's figures."""
 
     mixing_rate: float = 0.3
     """Psi of the stochastic gate, eq. 9 (0.3 in the paper); 0 trains without the gate."""
 
     gate: Literal["stochastic", "deterministic"] = "stochastic"
-    """Draw the shallow features, eq. 9, or mix them, eq. 10, in training (Table 1c)."""
+    """In training, draw the shallow features (eq. 9) or mix them (eq. 10; Table 1c)."""
 
     gci: bool = True
     """Inject global cues into the shallow features, eq. 11 (Table 1c)."""
 
+    size_penalty: bool = True
+    """Add the focal size penalty, eq. 5, to the class scores (Table 1a)."""
+
+    gci_norm: Literal["batch", "instance"] = "batch"
+    """Normalisation in the global cue injection: `batch` is that of the authors' code, `instance` eq. 11 as printed."""
+
     penalty_power: float = 3.0
     """p of the focal size penalty, eq. 5 (Table 1a)."""
 
-    penalty_weight: float = 0.01
-    """Lambda of the focal size penalty, eq. 5 (Table 1a); 0 trains without the penalty."""
+    penalty_lambda: float = 0.01
+    """Lambda of the focal size penalty, eq. 5 (Table 1a). An empty mask costs log(lambda): the smaller lambda, the
+    stronger the penalty."""
 
     epochs: int = 20
     """Passes over the training images (20 in the paper)."""
 
     classification_epochs: int = 5
-    """How many of them, first, without the segmentation loss (5 in the paper)."""
+    """The first epochs, which have no segmentation loss (5 in the paper)."""
 
     batch_size: int = 16
-    """Images a step, over all processes (16 in the paper)."""
+    """Images per step, over all processes (16 in the paper)."""
 
     accumulate: int = 1
-    """Split every step's images into so many passes, for a card on which they do not fit at once."""
+    """Number of passes into which the images of a step are split, for a GPU with too little memory for one pass."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the network; weights stay in fp32."""
+    """Number format of the network's arithmetic; weights stay in fp32."""
 
     crop_size: int = 321
     """Side of the training crops in pixels (321 in the paper)."""
@@ -127,8 +138,11 @@ class Settings:
     pamr_dilations: tuple[int, ...] = (1, 2, 4, 8, 12, 24)
     """Dilations of PAMR, in pixels of a mask (1, 2, 4, 8, 12, 24 in the paper, for masks of 81 x 81)."""
 
+    pamr_variant: Literal["pamr", "paper"] = "pamr"
+    """Affinity of PAMR: `pamr` is that of the authors' code, `paper` is eq. 8 as printed."""
+
     scales: tuple[float, ...] = (1.0, 0.5, 1.5, 2.0)
-    """Scales of the test images; each is also looked at mirrored."""
+    """Scales of the test images; each scale is used with and without a horizontal flip."""
 
     min_probability: float = 0.1
     """At test time, classes with a lower probability are removed."""
@@ -137,19 +151,24 @@ class Settings:
     """At test time, the power to which the background's mask is raised."""
 
     table_classes: tuple[str, ...] = ()
-    """Classes of the printed table and its mean, `background` among them. Default: all."""
+    """Classes of the printed table and its mean; `background` may be one. Default: all."""
 
     baseline: bool = True
     """Also train the CAM-GAP baseline: same backbone, data, augmentation, optimiser and epochs."""
 
+    checkpoint: Literal["last", "best"] = "last"
+    """Weights for the results: of the last epoch, or of the one with the lowest loss on the test images (among the
+    epochs with self-supervision), as the authors choose. The loss needs image-level labels, no masks."""
+
     curve_images: int = 50
-    """Test images behind the curve of mean IoU over epochs; the table is always made from all of them."""
+    """Number of test images for the curve of mean IoU over epochs, and of training images for the IoU of the pseudo
+    labels; the table of results always uses all test images."""
 
     workers: int = 2
     """Processes that read and augment images."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers that no training could use."""
+        """Refuse numbers out of range."""
         for name, minimum in MINIMA.items():
             values = getattr(self, name)
             for value in values if isinstance(values, tuple) else (values,):
@@ -157,6 +176,11 @@ class Settings:
                     raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
         if not 0 <= self.mixing_rate < 1:
             raise ValueError(f"--mixing-rate must be in [0, 1), got {self.mixing_rate}")
+        if not self.penalty_lambda > 0:
+            raise ValueError(
+                f"--penalty-lambda must be greater than 0, got {self.penalty_lambda}; "
+                "--no-size-penalty trains without the penalty"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings in types that JSON knows."""
@@ -167,7 +191,10 @@ class Settings:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
-        """Return the settings that `to_json` wrote; those that are missing have their defaults."""
+        """Return the settings that `to_json` wrote; a missing setting has its default, an unknown one is an error."""
+        unknown = [key for key in values if key not in cls.__dataclass_fields__]
+        if unknown:
+            raise ValueError(f"unknown setting {unknown[0]!r}: the run was made by another version of train_voc.py")
         paths = {field.name for field in fields(cls) if "Path" in str(field.type)}
         known: dict[str, Any] = {}
         for key, value in values.items():
@@ -179,7 +206,7 @@ class Settings:
 
 PAPER = Settings()
 
-# Three thousand photographs take 48 minutes on two CPU cores, the baseline included.
+# With 3,120 photographs and the baseline, training takes 48 minutes on two CPU cores.
 PHOTOGRAPHS = replace(
     PAPER,
     channels=128,
@@ -195,7 +222,7 @@ TOY = replace(PHOTOGRAPHS, epochs=9, classification_epochs=3, crop_size=129, sca
 
 PRESETS = {"toy": TOY, "photographs": PHOTOGRAPHS, "paper": PAPER}
 
-# Appendix F and the authors' configuration files.
+# From appendix F and the authors' configuration files, whose numbers and loss made the paper's tables.
 PAPER_BACKBONES: dict[str, dict[str, Any]] = {
     "wide_resnet38": {"epochs": 24},
     "vgg16": {"epochs": 32, "background_power": 1.0},
@@ -206,7 +233,9 @@ PAPER_BACKBONES: dict[str, dict[str, Any]] = {
 
 def paper_settings(backbone: BackboneName) -> Settings:
     """Return the paper's settings for a backbone."""
-    settings = replace(PAPER, backbone=backbone, **PAPER_BACKBONES.get(backbone, {}))
+    settings = replace(
+        PAPER, backbone=backbone, loss="published", checkpoint="best", **PAPER_BACKBONES.get(backbone, {})
+    )
     if backbone in ("vgg16", "resnet50", "resnet101"):
         settings = replace(settings, crop_size=448, scales=(1.0, 0.75, 1.25, 1.5), min_probability=0.3)
     return settings

@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .data import IGNORE, voc_palette
+from .dataset.images import IGNORE, voc_palette
 
 
 def overlay(image: Tensor, mask: Tensor, opacity: float = 0.6) -> NDArray[np.float64]:
-    """Paint a mask [H, W] in VOC's colours over an image [3, H, W] in [0, 1]; the background stays as it is."""
+    """Paint a mask [H, W] in VOC's colours over an image [3, H, W] in [0, 1]; background is not painted."""
     pixels = image.permute(1, 2, 0).double().numpy()
     index = mask.numpy()
     colours = voc_palette()[index] / 255.0
@@ -22,7 +22,7 @@ def overlay(image: Tensor, mask: Tensor, opacity: float = 0.6) -> NDArray[np.flo
 
 
 def overlay_figure(images: Sequence[Tensor], columns: Mapping[str, Sequence[Tensor]]) -> Figure:
-    """Draw a row an image: the image itself, then one overlay a column."""
+    """Draw one row per image: the image itself, then one overlay per column."""
     height_over_width = [image.shape[1] / image.shape[2] for image in images]
     figure = Figure(figsize=(2.4 * (1 + len(columns)), 2.4 * sum(height_over_width) + 0.3), layout="constrained")
     axes = figure.subplots(len(images), 1 + len(columns), squeeze=False, height_ratios=height_over_width)
@@ -38,7 +38,7 @@ def overlay_figure(images: Sequence[Tensor], columns: Mapping[str, Sequence[Tens
 
 
 def save_curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], self_supervision: int) -> None:
-    """Draw loss and mean IoU over epochs, a line a method; a dashed line where self-supervision starts."""
+    """Draw loss and mean IoU over epochs, one line per method; a dashed line marks the start of self-supervision."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     loss_axis, iou_axis = figure.subplots(1, 2)
     with mpl.rc_context({"lines.markersize": 3}):

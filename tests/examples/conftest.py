@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from voc.toy import toy_voc
+from voc.dataset.toy import toy_voc
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import ablate_voc
 import pytest
 import torch
 from voc.arguments import parse_arguments
-from voc.metrics import save_iou_csv
+from voc.evaluation.tables import save_iou_csv
+from voc.settings import Settings
 
 
 @pytest.mark.parametrize(("table", "rows"), [("1a", 10), ("1b", 6), ("1c", 6), ("7", 3)])
@@ -67,6 +68,28 @@ def test_a_table_is_filled_row_by_row(
     assert ablate_voc.main([*arguments, "--table-classes", "background", "dog"]) == 0
     assert "| 5 iterations | 50.0 |" in (tmp_path / "table_7/table.md").read_text()
     assert len(trained) == 4
+
+
+def test_a_column_with_the_crf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("5_iterations", "10_iterations", "15_iterations"):
+        (tmp_path / f"table_7/{name}").mkdir(parents=True)
+        save_iou_csv(tmp_path / f"table_7/{name}/iou.csv", ["background", "cat"], {"ours": torch.tensor([40.0, 20.0])})
+    rows = []
+
+    def crf_iou(settings: Settings) -> torch.Tensor:
+        rows.append(settings.pamr_iterations)
+        return torch.tensor([50.0, 4.0 * settings.pamr_iterations])
+
+    monkeypatch.setattr(ablate_voc, "crf_iou", crf_iou)
+    assert ablate_voc.main(["--table", "7", "--output", str(tmp_path), "--crf"]) == 0
+    assert rows == [5, 10, 15]
+    assert (tmp_path / "table_7/table.md").read_text().splitlines() == [
+        "| configuration | mean IoU, % | mean IoU (+ CRF), % |",
+        "|:--|--:|--:|",
+        "| 5 iterations | 30.0 | 35.0 |",
+        "| 10 iterations | 30.0 | 45.0 |",
+        "| 15 iterations | 30.0 | 55.0 |",
+    ]
 
 
 def test_a_wrong_argument_ends_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

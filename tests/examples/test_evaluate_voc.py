@@ -8,8 +8,10 @@ import pytest
 from evaluate_voc import main
 from numpy.typing import ArrayLike
 from PIL import Image
-from voc.data import VOC_CLASSES, save_mask
-from voc.metrics import load_iou_csv
+from voc.dataset.images import save_mask
+from voc.dataset.layout import VOC_CLASSES
+from voc.evaluation.tables import load_iou_csv
+from voc.files.soft import SoftFile, save_soft
 
 TARGETS = {"a": [[0, 0, 1], [1, 255, 1]], "b": [[2, 2, 0]], "c": [[0]]}
 PREDICTIONS = {"a": [[0, 1, 1], [1, 2, 2]], "b": [[2, 0, 1]], "c": [[0]]}
@@ -43,7 +45,7 @@ def evaluate(root: Path, tmp_path: Path) -> Evaluate:
 
 
 def class_rows(folder: Path) -> list[list[float]]:
-    """Return IoU, precision and recall, a list each, as they were written."""
+    """Return the lists of IoU, precision and recall in the written file."""
     return [values.tolist() for values in load_iou_csv(folder / "classes.csv")[1].values()]
 
 
@@ -82,6 +84,16 @@ def test_grey_masks_are_read_like_those_with_a_palette(evaluate: Evaluate, tmp_p
     assert BY_HAND in (tmp_path / "out/evaluation.md").read_text()
 
 
+def save_soft_masks(folder: Path) -> None:
+    """Write soft masks whose highest class is that of `PREDICTIONS`, and the second best cat, else dog."""
+    for name, mask in PREDICTIONS.items():
+        indices = np.array(mask)
+        masks = np.stack([np.full(indices.shape, value) for value in (0.1, 0.3, 0.2)])
+        for index in range(3):
+            masks[index][indices == index] = 0.9
+        save_soft(folder / f"{name}.npz", SoftFile(masks.astype(np.float32), np.array([True, True])))
+
+
 def annotate(root: Path, labels: dict[str, list[str]]) -> None:
     (root / "Annotations").mkdir()
     for name, present in labels.items():
@@ -90,24 +102,106 @@ def annotate(root: Path, labels: dict[str, list[str]]) -> None:
 
 
 def test_clean_takes_labels_from_the_ground_truth(evaluate: Evaluate, tmp_path: Path) -> None:
+    save_soft_masks(tmp_path / "masks")
     assert evaluate("--clean") == 0
-    # a has no dog: 00 01 11 11 10; b has no cat: 22 20 00; c: 00
-    assert class_rows(tmp_path / "out")[0] == pytest.approx([50, 50, 50], abs=1e-4)
+    # a has no dog: 00 01 11 11 11; b has no cat: 22 20 02; c: 00
+    assert class_rows(tmp_path / "out")[0] == pytest.approx([100 * 2 / 5, 75, 100 / 3], abs=1e-4)
     assert "classes removed that are not among an image's labels" in (tmp_path / "out/evaluation.md").read_text()
 
 
 def test_clean_takes_labels_from_annotations_or_a_file(evaluate: Evaluate, root: Path, tmp_path: Path) -> None:
+    save_soft_masks(tmp_path / "masks")
     annotate(root, {"a": ["cat"], "b": ["cat", "dog"], "c": []})
     assert evaluate("--clean") == 0
-    # a: 00 01 11 11 10, b: 22 20 01, c: 00
-    assert class_rows(tmp_path / "out")[0] == pytest.approx([100 * 2 / 6, 40, 50], abs=1e-4)
+    # a: 00 01 11 11 11, b: 22 20 01, c: 00
+    assert class_rows(tmp_path / "out")[0] == pytest.approx([40, 60, 50], abs=1e-4)
     (root / "labels.txt").write_text("a dog\nb\nc cat\n")
     assert evaluate("--clean", "--labels", root / "labels.txt") == 0
-    # a: 00 00 10 10 12, b: 20 20 00, c: 00. No cat is predicted: it has no precision, and an IoU of 0.
+    # a: 00 02 12 12 12, b: 20 20 00, c: 00. No cat is predicted: it has no precision, and an IoU of 0.
     iou, precision, recall = class_rows(tmp_path / "out")
     assert iou == pytest.approx([50, 0, 0], abs=1e-4)
-    assert precision == pytest.approx([50, float("nan"), 0], abs=1e-4, nan_ok=True)
-    assert recall == pytest.approx([100, 0, 0], abs=1e-4)
+    assert precision == pytest.approx([60, float("nan"), 0], abs=1e-4, nan_ok=True)
+    assert recall == pytest.approx([75, 0, 0], abs=1e-4)
+
+
+def test_average_precision_of_scores(
+    evaluate: Evaluate, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = tmp_path / "scores.csv"
+    scores.write_text("image,cat,dog\nc,0.7,0.2\na,0.6,0.9\nb,0.1,0.3\nother,0,0\n")
+    assert evaluate("--scores", scores) == 0
+    # Masks: a has a cat, b a dog, c nothing. Cat is found at rank 2, dog at rank 2.
+    assert "| cat | 50.0 |\n| dog | 50.0 |\n| **mean of 2** | **50.0** |" in capsys.readouterr().out
+    (root / "labels.txt").write_text("a dog\nb dog\nc cat\n")
+    assert evaluate("--scores", scores, "--labels", root / "labels.txt") == 0
+    assert (tmp_path / "out/average_precision.csv").read_text().splitlines() == [
+        "class,AP",
+        "cat,100.0000",
+        "dog,100.0000",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read scores {path}"),
+        ("", "cannot read scores {path}"),
+        ("image,cat,dog\na,x,1\n", "cannot read scores {path}: could not convert"),
+        ("image,cat\na,1\n", "{path}: expected the columns image, cat, dog"),
+        ("image,cat,dog\na,1\n", "{path}: expected the columns image, cat, dog"),
+        ("image,cat,dog\na,1,0\n", "{path}: no line for image 'b' (2 such images)"),
+    ],
+)
+def test_wrong_scores(
+    content: str | None, message: str, evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "scores.csv"
+    if content is not None:
+        path.write_text(content)
+    assert evaluate("--scores", path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"evaluate_voc.py: error: {message.format(path=path)}")
+
+
+def test_soft_masks_stand_in_for_masks(evaluate: Evaluate, tmp_path: Path) -> None:
+    save_soft_masks(tmp_path / "masks")
+    for name in PREDICTIONS:
+        (tmp_path / f"masks/{name}.png").unlink()
+    assert evaluate() == 0
+    assert BY_HAND in (tmp_path / "out/evaluation.md").read_text()
+
+
+WRONG_SOFT_MASKS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (Path.unlink, "soft masks not found: looked for {path} (infer_voc.py --soft writes them)"),
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-30]), "cannot read soft masks {path}"),
+    "text": (lambda path: path.write_text("no archive"), "cannot read soft masks {path}"),
+    "other arrays": (lambda path: np.savez(path, masks=np.ones(3)), "cannot read soft masks {path}"),
+    "one dimension": (
+        lambda path: np.savez(path, masks=np.ones(3, np.float32), kept=np.ones(2, np.bool_)),
+        "{path} is not a file of soft masks",
+    ),
+    "other classes": (
+        lambda path: save_soft(path, SoftFile(np.ones((2, 1, 3), np.float32), np.ones(1, np.bool_))),
+        "{path} has 1 classes, expected 2",
+    ),
+    "not finite": (
+        lambda path: save_soft(path, SoftFile(np.full((3, 1, 3), np.nan, np.float32), np.ones(2, np.bool_))),
+        "{path} holds masks that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_SOFT_MASKS)
+def test_wrong_soft_masks_end_in_one_line(
+    kind: str, evaluate: Evaluate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_soft_masks(tmp_path / "masks")
+    path = tmp_path / "masks/b.npz"
+    make, message = WRONG_SOFT_MASKS[kind]
+    make(path)
+    assert evaluate("--clean") == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
+    assert line.startswith(f"evaluate_voc.py: error: {message.format(path=path)}")
 
 
 def test_other_ground_truth_split_name_and_classes(
@@ -205,7 +299,7 @@ def test_all_wrong_files_are_named(
     [
         (["--split", "test"], "split not found"),
         (["--masks", "nowhere"], "no masks: looked for a folder nowhere"),
-        (["--labels", "labels.txt"], "--labels is for --clean, which is not given"),
+        (["--labels", "labels.txt"], "--labels is for --clean and --scores, which are not given"),
         (["--clean", "--labels", "nowhere.txt"], "labels file not found: nowhere.txt"),
         (["--table-classes", "cow"], "--table-classes: unknown class 'cow'; known: background, cat, dog"),
         (["--workers", "0"], "--workers must be at least 1, got 0"),

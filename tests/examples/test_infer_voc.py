@@ -8,29 +8,32 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
+import evaluate_voc
 import numpy as np
 import pytest
 import torch
-import voc.pictures
-import voc.prediction
+import voc.inference.outputs
+import voc.inference.segmenter
 from infer_voc import Arguments, main
 from numpy.typing import NDArray
 from PIL import Image
-from voc.checkpoints import build_model, load_trained, save_checkpoint
-from voc.crf import crf_segment
-from voc.data import read_image, read_mask, read_split, voc_palette
-from voc.inference import multi_scale_masks, segment
-from voc.pictures import read_picture
+from voc.checkpoints import load_trained, save_checkpoint
+from voc.dataset.images import read_image, read_mask, voc_palette
+from voc.dataset.layout import read_split
+from voc.dataset.splits import load_split_with_masks
+from voc.dataset.toy import OBJECTS
+from voc.inference.crf import crf_segment
+from voc.inference.masks import multi_scale_masks, segment
+from voc.inference.pictures import read_picture
+from voc.model import build_model
 from voc.settings import PRESETS, Settings
-from voc.splits import load_split_with_masks
-from voc.toy import OBJECTS
 
 SETTINGS = replace(PRESETS["toy"], channels=8, background_power=2.0, min_probability=0.2)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Networks whose backbones know ImageNet, and whose other weights are random."""
+    """Return a function that saves a network with ImageNet weights in its backbone and random weights elsewhere."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def path_of(name: str) -> Path:
@@ -140,7 +143,9 @@ def test_cam_gap(
     assert len(np.unique(mask)) > 1
 
 
-def test_the_rest_goes_on(trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_images_are_still_segmented(
+    trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = (images / "b.jpg").read_bytes()
     (images / "truncated.jpg").write_bytes(content[: len(content) // 2])
     (images / "empty.jpg").touch()
@@ -180,7 +185,7 @@ def test_long_and_thin(trained: Path, images: Path, tmp_path: Path) -> None:
 
 def test_overlays_and_scores(trained: Path, images: Path, tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side
+    exif[0x0112] = 6  # the stored image is turned by 90 degrees
     with Image.open(images / "b.jpg") as image:
         image.save(images / "b.jpg", exif=exif)
     assert infer(trained, images, tmp_path, "--overlays", "--scores") == 0
@@ -217,6 +222,26 @@ def test_clean_with_a_labels_file(trained: Path, images: Path, tmp_path: Path) -
     for path, present in {"a.png": ["tiger"], "b.jpg": [], "c.JPG": ["shell", "leaf"]}.items():
         expected = expected_mask(trained, read_image(images / path), labels=present)
         np.testing.assert_array_equal(read_mask(tmp_path / f"out/masks/{path[0]}.png"), expected)
+
+
+def test_soft_masks_are_evaluated_clean(trained: Path, toy_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(toy_root, root)
+    name, *_ = read_split(root, "val")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the stored image is turned by 90 degrees
+    with Image.open(root / f"JPEGImages/{name}.jpg") as image:
+        image.save(root / f"JPEGImages/{name}.jpg", exif=exif)
+    maximum = ["--max-pixels", "4000"]
+    assert infer(trained, root, tmp_path / "raw", "--split", "val", "--soft", *maximum) == 0
+    assert infer(trained, root, tmp_path / "clean", "--split", "val", "--clean", *maximum) == 0
+    tables = []
+    for folder, options in (("raw/masks", []), ("raw/soft", []), ("clean/masks", []), ("raw/soft", ["--clean"])):
+        output = tmp_path / "tables"
+        arguments = [str(tmp_path / folder), str(root), "--name", "ours", "--output", str(output), *options]
+        assert evaluate_voc.main(arguments) == 0
+        tables.append((output / "classes.csv").read_text())
+    assert tables[0] == tables[1] != tables[2] == tables[3]
 
 
 def test_a_split_with_broken_images(
@@ -265,7 +290,7 @@ def test_a_full_disk(
         path.write_text("half a m")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(voc.pictures, "save_mask", disk_full)
+    monkeypatch.setattr(voc.inference.outputs, "save_mask", disk_full)
     assert infer(trained, images, output) == 2
     assert skipped_lines(capsys) == [f"infer_voc.py: error: cannot write {output}/masks/a.png: No space left on device"]
     assert (output / "masks/a.png").read_text() == "older"
@@ -280,14 +305,14 @@ def test_ctrl_c_leaves_whole_masks(
             raise KeyboardInterrupt
         return read_picture(path, max_pixels)
 
-    monkeypatch.setattr(voc.prediction, "read_picture", interrupted)
+    monkeypatch.setattr(voc.inference.segmenter, "read_picture", interrupted)
     assert infer(trained, images, tmp_path / "out", "--scores") == 130
     assert "infer_voc.py: stopped" in skipped_lines(capsys)
     assert written(tmp_path / "out") == {"masks/a.png", "masks/b.png"}
     assert read_mask(tmp_path / "out/masks/b.png").shape == (32, 48)
 
 
-def test_memory(
+def test_too_little_memory(
     trained: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def too_large(model: object, image: torch.Tensor, *arguments: object) -> object:
@@ -295,10 +320,22 @@ def test_memory(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return multi_scale_masks(model, image, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(voc.prediction, "multi_scale_masks", too_large)
+    monkeypatch.setattr(voc.inference.segmenter, "multi_scale_masks", too_large)
     assert infer(trained, images, tmp_path) == 1
     (line,) = skipped_lines(capsys)
     assert line.startswith(f"infer_voc.py: skipped {images}/b.jpg: not enough memory: try a lower --max-pixels")
+
+
+def test_padding(trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--scales", "1", "0.5", "--pad-to", "40"]
+    assert infer(trained, images, tmp_path, *arguments) == 1
+    (line,) = skipped_lines(capsys)
+    assert line.endswith("b.jpg: scaled to 48x32 pixels, it does not fit into --pad-to 40")
+    model = load_trained(trained).model
+    masks, probabilities = multi_scale_masks(model, read_image(images / "a.png"), (1.0, 0.5), pad_to=40)
+    masks[0] = masks[0] ** SETTINGS.background_power
+    expected = segment(masks, probabilities, SETTINGS.min_probability)
+    np.testing.assert_array_equal(read_mask(tmp_path / "masks/a.png"), expected.numpy())
 
 
 def test_a_network_that_is_not_finite(
@@ -309,7 +346,7 @@ def test_a_network_that_is_not_finite(
         next(model.parameters()).fill_(torch.nan)
     save_checkpoint(tmp_path / "nan.pt", model, settings, classes, {})
     assert infer(tmp_path / "nan.pt", images / "b.jpg", tmp_path / "out") == 2
-    assert skipped_lines(capsys)[0].endswith("what the network says of it is not finite")
+    assert skipped_lines(capsys)[0].endswith("the network's masks are not finite")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 is not installed")
@@ -326,7 +363,12 @@ def test_crf(trained: Path, images: Path, tmp_path: Path) -> None:
         masks, _ = multi_scale_masks(model, picture.tensor(), SETTINGS.scales)
         masks[0] = masks[0] ** SETTINGS.background_power
         expected = crf_segment(picture.pixels, masks[kept].numpy(), kept)
-        np.testing.assert_array_equal(read_mask(tmp_path / f"out/masks/{name[0]}.png"), expected)
+        np.testing.assert_array_equal(read_mask(tmp_path / f"out/crf/{name[0]}.png"), expected)
+        raw = torch.zeros_like(masks).index_copy(0, torch.tensor(kept), masks[kept]).argmax(dim=0)
+        np.testing.assert_array_equal(read_mask(tmp_path / f"out/masks/{name[0]}.png"), raw)
+    assert infer(trained, images / "a.png", tmp_path / "all", "--crf", "--overlays", "--soft") == 0
+    folders = ("masks/a.png", "crf/a.png", "overlays/a.jpg", "overlays_crf/a.jpg", "soft/a.npz")
+    assert written(tmp_path / "all") == set(folders)
 
 
 def test_crf_without_pydensecrf(
@@ -358,6 +400,8 @@ def test_crf_without_pydensecrf(
         (["{trained}", "{images}", "--cam-background", "0.1"], "--cam-background is for a CAM-GAP checkpoint"),
         (["{cam}", "{images}", "--background-power", "3"], "--background-power is not for a CAM-GAP checkpoint"),
         (["{trained}", "{images}", "--output", "{images}/b.jpg"], "Not a directory"),
+        (["--released", "{root}/none.pth", "--backbone", "vgg16", "{images}"], "weights not found: {root}/none.pth"),
+        (["--released", "{trained}", "--backbone", "vgg16", "{images}"], "the checkpoint does not fit the model"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(
@@ -389,6 +433,9 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
         (["--scales"], "--scales: expected one or more finite numbers"),
         (["--scales", "inf"], "--scales: expected one or more finite numbers"),
         (["--cam-background", "nan"], "--cam-background must be at least 0, got nan"),
+        (["--released"], "--released needs --backbone"),
+        (["--backbone", "vgg16"], "--backbone is for --released, which is not given"),
+        (["--pad-to", "0"], "--pad-to must be at least 1, got 0"),
         (["--max-pixels", "0"], "--max-pixels must be at least 1, got 0"),
         (["--workers", "0"], "--workers must be at least 1, got 0"),
         (["--no-such-argument"], "--no-such-argument"),

@@ -8,15 +8,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from voc.data import IGNORE
-from voc.losses import classification_loss, confident_pixels, mask_loss, segmentation_loss
+from voc.dataset.images import IGNORE
+from voc.losses import (
+    classification_loss,
+    confident_pixels,
+    mask_loss,
+    published_segmentation_loss,
+    segmentation_loss,
+)
 from voc.pseudo_labels import pseudo_labels
 
 Array = NDArray[np.float64] | NDArray[np.int64]
 
 
 def soft_margin(y: Array, z: Array) -> float:
-    """Eq. 6, mean over the batch."""
+    """Eq. 12 (eq. 6), the mean over the batch."""
     batch, classes = y.shape
     total = 0.0
     for b in range(batch):
@@ -43,7 +49,41 @@ def balanced_cross_entropy(masks: Array, target: Array) -> float:
     return numerator / (h * w) / m_all if m_all else 0.0
 
 
-def pseudo_labels_by_loops(masks: Array, labels: Array) -> Array:
+def resized(maps: Array, height: int, width: int) -> Array:
+    """Bilinear resize of [C, h, w] with aligned corners, pixel by pixel."""
+    _, h, w = maps.shape
+    out = np.zeros((maps.shape[0], height, width))
+    for i in range(height):
+        for j in range(width):
+            y = i * (h - 1) / (height - 1) if height > 1 else 0.0
+            x = j * (w - 1) / (width - 1) if width > 1 else 0.0
+            top, left = min(int(y), h - 1), min(int(x), w - 1)
+            bottom, right = min(top + 1, h - 1), min(left + 1, w - 1)
+            dy, dx = y - top, x - left
+            upper = (1 - dx) * maps[:, top, left] + dx * maps[:, top, right]
+            lower = (1 - dx) * maps[:, bottom, left] + dx * maps[:, bottom, right]
+            out[:, i, j] = (1 - dy) * upper + dy * lower
+    return out
+
+
+def published_cross_entropy(logits: Array, target: Array) -> float:
+    """The published segmentation loss: resized logits, the mean over all pixels, then over all images."""
+    losses = []
+    for scores, labels in zip(logits, target, strict=True):
+        height, width = labels.shape
+        scores = resized(scores, height, width)
+        total = np.sum(labels != IGNORE)
+        loss = 0.0
+        for i in range(height):
+            for j in range(width):
+                if (c := int(labels[i, j])) != IGNORE:
+                    log_sum = math.log(sum(math.exp(score) for score in scores[:, i, j]))
+                    loss += (total - np.sum(labels == c)) / (1 + total) * (log_sum - scores[c, i, j])
+        losses.append(loss / (height * width))
+    return sum(losses) / len(losses)
+
+
+def pseudo_labels_by_loops(masks: Array, labels: Array, background_required: bool) -> Array:
     """Section 3.3, pixel by pixel."""
     batch, classes, h, w = masks.shape
     target = np.full((batch, h, w), IGNORE)
@@ -55,7 +95,7 @@ def pseudo_labels_by_loops(masks: Array, labels: Array) -> Array:
                 claims = [c for c in present if masks[b, c, i, j] > cut[c]]
                 if len(claims) == 1:
                     target[b, i, j] = claims[0]
-        if any((target[b] == c).sum() == 0 for c in present[1:]):
+        if any((target[b] == c).sum() == 0 for c in present[0 if background_required else 1 :]):
             target[b] = IGNORE
     return target
 
@@ -79,6 +119,16 @@ def test_segmentation_loss(batch: int, classes: int, h: int, w: int, seed: int) 
     assert segmentation_loss(logits, labels, confident_pixels(labels)).item() == pytest.approx(expected, abs=1e-5)
 
 
+@given(st.integers(1, 3), st.integers(2, 4), st.integers(1, 4), st.integers(1, 7), st.integers(0, 2**31))
+def test_published_segmentation_loss(batch: int, classes: int, size: int, target_size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((batch, classes, size, size + 1))
+    target = rng.integers(0, classes, (batch, target_size, target_size + 2))
+    target[rng.random(target.shape) < 0.3] = IGNORE
+    loss = published_segmentation_loss(torch.tensor(logits), torch.tensor(target))
+    assert loss.item() == pytest.approx(published_cross_entropy(logits, target), abs=1e-5)
+
+
 def test_losses_of_two_halves_are_that_of_the_whole() -> None:
     torch.manual_seed(0)
     logits, target = torch.randn(4, 3, 6, 5), torch.randint(0, 3, (4, 6, 5))
@@ -87,6 +137,9 @@ def test_losses_of_two_halves_are_that_of_the_whole() -> None:
     for loss in (segmentation_loss, mask_loss):
         halves = [loss(*half, mean).item() for half in zip(logits.chunk(2), target.chunk(2), strict=True)]
         assert sum(halves) / 2 == pytest.approx(loss(logits, target, confident_pixels(target)).item(), rel=1e-5)
+    parts = zip(logits.chunk(2), target.chunk(2), strict=True)
+    halves = [published_segmentation_loss(*part).item() for part in parts]
+    assert sum(halves) / 2 == pytest.approx(published_segmentation_loss(logits, target).item(), rel=1e-5)
 
 
 @given(st.integers(1, 3), st.integers(2, 4), st.integers(1, 5), st.integers(0, 2**31))
@@ -111,17 +164,18 @@ def test_segmentation_loss_of_nothing_is_zero_and_has_a_gradient() -> None:
     assert logits.grad.abs().max() == 0
 
 
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31))
-def test_pseudo_labels(batch: int, classes: int, h: int, w: int, seed: int) -> None:
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31), st.booleans())
+def test_pseudo_labels(batch: int, classes: int, h: int, w: int, seed: int, background_required: bool) -> None:
     rng = np.random.default_rng(seed)
     masks = torch.tensor(2 * rng.standard_normal((batch, classes + 1, h, w))).softmax(dim=1)
     labels = rng.integers(0, 2, (batch, classes)).astype(float)
-    expected = pseudo_labels_by_loops(masks.numpy(), labels)
-    assert (pseudo_labels(masks, torch.tensor(labels)).numpy() == expected).all()
+    expected = pseudo_labels_by_loops(masks.numpy(), labels, background_required)
+    found = pseudo_labels(masks, torch.tensor(labels), background_required=background_required)
+    assert (found.numpy() == expected).all()
 
 
 def test_pseudo_labels_by_hand() -> None:
-    #            sure sky  sure cat  both claim  nobody claims
+    #            only sky  only cat  both claim  neither claims
     background = [0.90, 0.05, 0.70, 0.50]
     cat = [0.05, 0.90, 0.60, 0.40]
     dog = [0.05, 0.05, 0.00, 0.90]  # not in the image
@@ -133,3 +187,9 @@ def test_an_image_without_one_of_its_classes_is_ignored() -> None:
     masks = torch.tensor([[[0.9, 0.1], [0.1, 0.8], [0.05, 0.1]]])[:, :, None]
     assert pseudo_labels(masks, torch.tensor([[1.0, 0.0]]))[0, 0].tolist() == [0, 1]
     assert pseudo_labels(masks, torch.tensor([[1.0, 1.0]]))[0, 0].tolist() == [IGNORE, IGNORE]
+    with_background = pseudo_labels(masks, torch.tensor([[1.0, 0.0]]), background_required=True)
+    assert with_background[0, 0].tolist() == [0, 1]
+    masks[:, 0] = 0.15
+    assert pseudo_labels(masks, torch.tensor([[1.0, 0.0]]))[0, 0].tolist() == [IGNORE, 1]
+    nothing = pseudo_labels(masks, torch.tensor([[1.0, 0.0]]), background_required=True)
+    assert nothing[0, 0].tolist() == [IGNORE, IGNORE]

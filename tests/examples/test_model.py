@@ -2,17 +2,19 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from voc.backbones import Backbone, EfficientNetLite0, build_backbone, pretrained_backbone
-from voc.inference import multi_scale_masks, normalise, segment
-from voc.model import ASPP, CAMNet, SingleStageNet, freeze_norm_statistics
-from voc.training import build_optimizer, freeze
+from voc.backbones import Backbone, EfficientNetLite0, build_backbone, normalise, pretrained_backbone
+from voc.dataset.errors import DataError
+from voc.inference.masks import multi_scale_masks, segment
+from voc.model import ASPP, CAMNet, SingleStageNet
+from voc.train.optimizer import build_optimizer, freeze, freeze_norm_statistics
 
 from wsseg_layers import functional as WF
 
 
 class TinyBackbone(Backbone):
-    """Two convolutions at strides 4 and 16: quick, and without weights of its own to find."""
+    """Two convolutions at strides 4 and 16 with random weights: quick to build and to run."""
 
     mean = (0.5, 0.4, 0.3)
     std = (0.2, 0.3, 0.4)
@@ -61,6 +63,11 @@ def test_scores_and_masks_belong_together(ours: SingleStageNet) -> None:
     torch.testing.assert_close(masks, logits.softmax(1))
     expected = WF.ngwp_pool(logits[:, 1:], masks[:, 1:]) + WF.focal_size_penalty(masks[:, 1:])
     torch.testing.assert_close(class_scores, expected)
+
+
+def test_normalisation_of_gci() -> None:
+    assert SingleStageNet(TinyBackbone(), 3, channels=8).gci.norm == "batch"
+    assert SingleStageNet(TinyBackbone(), 3, channels=8, gci_norm="instance").gci.norm == "instance"
 
 
 def test_cam_is_normalised_per_class() -> None:
@@ -139,6 +146,23 @@ def test_multi_scale_masks_average(ours: SingleStageNet) -> None:
     torch.testing.assert_close(masks.sum(0), torch.ones(31, 45))
 
 
+@pytest.mark.parametrize("side", [45, 46, 64])
+def test_padding(ours: SingleStageNet, side: int) -> None:
+    ours.eval()
+    image = torch.rand(3, 30, 45)
+    top, left = (side - 30) // 2, (side - 45) // 2
+    mean, std = (torch.tensor(values)[:, None, None] for values in (TinyBackbone.mean, TinyBackbone.std))
+    square = torch.zeros(1, 3, side, side)
+    square[0, :, top : top + 30, left : left + 45] = (image - mean) / std
+    output = ours(square)
+    whole = F.interpolate(output.masks, size=(side, side), mode="bilinear", align_corners=True)
+    masks, probabilities = multi_scale_masks(ours, image, flip=False, pad_to=side)
+    torch.testing.assert_close(masks, whole[0, :, top : top + 30, left : left + 45])
+    torch.testing.assert_close(probabilities, output.class_scores[0].sigmoid())
+    with pytest.raises(DataError, match="scaled to 90x60 pixels, it does not fit into --pad-to 64"):
+        multi_scale_masks(ours, image, scales=(2.0,), pad_to=64)
+
+
 def test_segment_by_hand() -> None:
     masks = torch.tensor([[0.4, 0.2, 0.1], [0.3, 0.5, 0.3], [0.3, 0.3, 0.6]])[:, None]
     assert segment(masks, torch.tensor([0.9, 0.9])).tolist() == [[0, 1, 2]]
@@ -156,7 +180,7 @@ def test_efficientnet_strides(size: tuple[int, int]) -> None:
 
 def test_efficientnet_weights_are_those_of_imagenet() -> None:
     backbone = pretrained_backbone("efficientnet_lite0").eval()
-    # A network with random weights would leave BatchNorm's running statistics far from those of its own features.
+    # The running statistics of BatchNorm fit the features only if the weights are the trained ones.
     seen: list[Tensor] = []
     norm = backbone.get_submodule("_blocks.3._bn0")
     norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output))

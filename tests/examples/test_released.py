@@ -4,11 +4,17 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from infer_voc import main
+from PIL import Image
 from torch import Tensor
 from voc.backbones import WeightsError, build_backbone
+from voc.dataset.images import read_image, read_mask
+from voc.dataset.layout import VOC_CLASSES
+from voc.inference.masks import multi_scale_masks, segment
 from voc.model import SingleStageNet
 from voc.released import MODULES, PAMR_PREFIX, load_released_checkpoint
 
@@ -16,7 +22,7 @@ SIZE = (41, 33)
 
 
 class Published(Mapping[str, Tensor]):
-    """A published state_dict that remembers what was read from it."""
+    """A published state_dict that records the keys that were read."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = weights
@@ -136,7 +142,7 @@ def published_weights(model: SingleStageNet) -> dict[str, Tensor]:
 
 
 def random_network(name: str) -> SingleStageNet:
-    """Return a network in eval mode whose BatchNorm statistics are not the neutral ones."""
+    """Return a network in eval mode with random BatchNorm statistics."""
     model = SingleStageNet(build_backbone(name), 20).eval()
     for key, value in model.state_dict().items():
         if re.search(r"running_|norm|bn", key) and value.is_floating_point():
@@ -160,6 +166,26 @@ def test_the_published_network(name, reference) -> None:  # type: ignore[no-unty
     torch.testing.assert_close(prediction.logits / scale, expected / scale, rtol=1e-4, atol=1e-4)
     unread = {key for key in published if not key.startswith(PAMR_PREFIX)} - published.read
     assert all(key.endswith("num_batches_tracked") for key in unread)
+
+
+def test_released_weights_from_the_command_line(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save({"model": published_weights(random_network("resnet50"))}, tmp_path / "model_enc.pth")
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (30, 41, 3), dtype=np.uint8)).save(tmp_path / "image.png")
+    arguments = ["--released", str(tmp_path / "model_enc.pth"), "--backbone", "resnet50", str(tmp_path / "image.png")]
+    assert main([*arguments, "--output", str(tmp_path), "--scores", "--device", "cpu"]) == 0
+
+    model = SingleStageNet(build_backbone("resnet50"), 20).eval()
+    load_released_checkpoint(model, tmp_path / "model_enc.pth")
+    image = read_image(tmp_path / "image.png")
+    masks, probabilities = multi_scale_masks(model, image, scales=(1.0, 0.75, 1.25, 1.5))
+    masks[0] = masks[0] ** 3
+    expected = segment(masks, probabilities, min_probability=0.3)
+    np.testing.assert_array_equal(read_mask(tmp_path / "masks/image.png"), expected.numpy())
+    header, line = (tmp_path / "scores.csv").read_text().splitlines()
+    assert tuple(header.split(",")[1:]) == VOC_CLASSES
+    assert [float(value) for value in line.split(",")[1:]] == pytest.approx(probabilities.tolist(), abs=1e-5)
 
 
 @pytest.fixture(scope="module")

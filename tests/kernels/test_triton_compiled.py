@@ -1,92 +1,151 @@
-"""What the compilers make of the Triton kernels, which needs no GPU: no spills, wide loads."""
+"""What the compilers make of the Triton kernels, which needs no GPU: nothing spilled or exchanged, wide loads.
 
-import re
+WSSEG_TRITONS names a folder of other Tritons, a folder each, as `pip install --target FOLDER/3.0.0 --no-deps
+triton==3.0.0` makes them; the kernels are compiled with all of them. HYPOTHESIS_PROFILE=thorough compiles more cases.
+"""
+
+import functools
+import os
 import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-from triton import language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
+from benchmarks import registers  # noqa: E402
+from benchmarks.registers import TARGETS  # noqa: E402
 from wsseg_layers.kernels import VARIANTS  # noqa: E402
-from wsseg_layers.kernels.backends.triton import affinities, filters, propagation  # noqa: E402
+from wsseg_layers.kernels.backends import triton as backend  # noqa: E402
+from wsseg_layers.kernels.backends.triton import affinities, propagation  # noqa: E402
 
-DILATIONS = (1, 2, 4, 8, 12, 24)
-TARGETS = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)]
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-
-def compile_for(target: GPUTarget, kernel: Any, dtype: str, sizes: list[str], config: dict[str, Any]) -> Any:
-    """Compile a kernel whose first three arguments are pointers, all aligned as PyTorch's allocations are."""
-    num_warps = config.pop("num_warps")
-    names = kernel.arg_names
-    pointers = dict.fromkeys(names[:3] if "affinity" in names else names[:2], f"*{dtype}")
-    pointers |= {"affinity": "*fp32"} if "affinity" in names else {"out": "*fp32"}
-    signature = pointers | dict.fromkeys(sizes, "i32") | dict.fromkeys(config, "constexpr")
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=config, attrs=aligned)
-    return triton.compile(source, target=target, options={"num_warps": num_warps})
+ROOT = Path(__file__).resolve().parents[2]
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+CLASSES = [1, 2, 5, 21, 60, 150]
+DTYPES = ["fp32", "fp16", "bf16"] if THOROUGH else ["fp32", "bf16"]
+TRANSPOSED_AND_RAGGED = [(False, False), (True, False), (False, True), (True, True)] if THOROUGH else [(False, False)]
+FOLDER = os.environ.get("WSSEG_TRITONS", "")
+TRITONS = sorted(path.name for path in Path(FOLDER).iterdir() if (path / "triton").is_dir()) if FOLDER else []
+needs_cuobjdump = pytest.mark.skipif(not registers.CUOBJDUMP.exists(), reason="this triton comes without cuobjdump")
+targets = pytest.mark.parametrize("target", TARGETS)
 
 
-def assert_no_spills(compiled: Any, target: GPUTarget, tmp_path: Path) -> None:
-    if target.backend == "hip":
-        assert re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"]) == ["0", "0"]
-        return
-    if not CUOBJDUMP.exists():
-        pytest.skip("this triton comes without cuobjdump")
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    assert re.search(r"STACK:0 .*LOCAL:0", usage), usage
+@functools.cache
+def propagation_for(lanes: int, dtype: str, target: str, transposed: bool, ragged: bool) -> Any:
+    """Compile once what serves several numbers of classes: a kernel knows its tile and not the number of channels."""
+    channels = lanes * 16 // registers.ITEMSIZES[dtype]
+    return registers.compile_propagation(channels, dtype, TARGETS[target], transposed=transposed, ragged=ragged)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@needs_cuobjdump
+@targets
 @pytest.mark.parametrize("variant", list(VARIANTS))
-def test_affinity(variant: str, target: GPUTarget, tmp_path: Path) -> None:
-    config = affinities.launch_config(DILATIONS, VARIANTS[variant])
-    sizes = ["channels", "height", "width"]
-    compiled = compile_for(target, affinities.affinity_kernel, "fp32", sizes, config)
-    assert_no_spills(compiled, target, tmp_path)
+def test_affinity(variant: str, target: str) -> None:
+    compiled = registers.compile_affinity(variant, TARGETS[target])
+    assert registers.usage(compiled).spilled == 0
+    assert "f64" not in registers.assembly(compiled)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@needs_cuobjdump
+@targets
+@pytest.mark.parametrize(("transposed", "ragged"), TRANSPOSED_AND_RAGGED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_propagation(classes: int, dtype: str, transposed: bool, ragged: bool, target: str) -> None:
+    config = propagation.launch_config(classes, registers.ITEMSIZES[dtype], TARGETS[target].warp_size)
+    lanes = config["BLOCK_C"] // config["VECTOR"]
+    compiled = propagation_for(lanes, dtype, target, transposed, ragged)
+    # With counts, an address is put away before the loops of the transpose and fetched after them (sm_80, half).
+    assert registers.usage(compiled).spilled <= (8 if transposed and ragged else 0)
+    assert registers.exchanges_in_loops(compiled) == 0
+    # The loop's body holds the 8 neighbours of a dilation, or the 3 of a row. Only their weights are single values.
+    assert registers.wide_loads(compiled) >= (3 if transposed else 8)
+
+
+@needs_cuobjdump
+@targets
 @pytest.mark.parametrize(
-    ("transposed", "channels", "dtype"), [(False, 21, "fp32"), (False, 150, "bf16"), (True, 21, "fp32")]
+    ("classes", "dtype", "transposed"), [(21, "fp32", True), (2, "bf16", True), (21, "fp32", False)]
 )
-def test_propagation(transposed: bool, channels: int, dtype: str, target: GPUTarget, tmp_path: Path) -> None:
-    itemsize = 4 if dtype == "fp32" else 2
-    config = {
-        "DILATIONS": DILATIONS,
-        "DTYPE": tl.float32,
-        **({"REACH": max(DILATIONS)} if transposed else {}),
-        **propagation.launch_config(channels, itemsize),
-    }
-    kernel = propagation.transposed_kernel if transposed else propagation.propagate_kernel
-    compiled = compile_for(target, kernel, dtype, ["height", "width"], config)
-    assert_no_spills(compiled, target, tmp_path)
-    # The loop's body holds the 8 neighbours of one dilation. What is not wide is the affinity, one value a neighbour.
-    if target.backend == "hip":
-        assert len(re.findall(r"(?:global|buffer)_load_dwordx4", compiled.asm["amdgcn"])) >= 8
-    else:
-        assert len(re.findall(r"ld\.global\S*\.v4", compiled.asm["ptx"])) >= 8
+def test_transposed_and_ragged(classes: int, dtype: str, transposed: bool, target: str) -> None:
+    test_propagation(classes, dtype, transposed, True, target)
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@needs_cuobjdump
+@targets
 @pytest.mark.parametrize("channels", [3, 21])
-def test_gaussian_sum(channels: int, target: GPUTarget, tmp_path: Path) -> None:
-    config = filters.launch_config(channels)
-    num_warps = config.pop("num_warps")
-    kernel = filters.gaussian_sum_kernel
-    pointers = dict.fromkeys(["values", "image", "out"], "*fp32")
-    sizes = dict.fromkeys(["channels", "height", "width"], "i32") | dict.fromkeys(["scale_xy", "scale_rgb"], "fp32")
-    source = ASTSource(
-        fn=kernel,
-        signature=pointers | sizes | dict.fromkeys(config, "constexpr"),
-        constexprs=config,
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in pointers},
-    )
-    assert_no_spills(triton.compile(source, target=target, options={"num_warps": num_warps}), target, tmp_path)
+def test_gaussian_sum(channels: int, target: str) -> None:
+    assert registers.usage(registers.compile_gaussian_sum(channels, TARGETS[target])).spilled == 0
+
+
+@needs_cuobjdump
+def test_exchanges_are_found_where_there_are_some() -> None:
+    # The affinity reduces over neighbours of several threads, channel by channel.
+    for target in TARGETS.values():
+        assert registers.exchanges_in_loops(registers.compile_affinity("pamr", target)) > 0
+
+
+class CompilingDriver:
+    """A driver for launches that bind their arguments and compile, but do not run: no GPU is needed."""
+
+    DEVICE = 99  # no device of this machine, whose kernels stay as they are
+
+    def get_current_target(self) -> Any:
+        return TARGETS["sm_80"]
+
+    def get_current_device(self) -> int:
+        return self.DEVICE
+
+    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
+        return 0
+
+
+@pytest.fixture
+def compiles_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], int]]:
+    """Make all launches compile only, and return a function that counts how often a kernel was compiled."""
+    kernels = (affinities.affinity_kernel, propagation.propagate_kernel, propagation.transposed_kernel)
+    if not all(hasattr(kernel, "device_caches") for kernel in kernels):
+        pytest.skip("the interpreter compiles nothing, and other versions of Triton keep other caches")
+    run = type(kernels[0]).run
+    monkeypatch.setattr(type(kernels[0]), "run", lambda *args, **kwargs: run(*args, **{**kwargs, "warmup": True}))
+    monkeypatch.setattr(propagation, "warp_size", lambda _: 32)
+    active = triton.runtime.driver.active if torch.cuda.is_available() else None
+    triton.runtime.driver.set_active(CompilingDriver())
+    yield lambda kernel: len(kernel.device_caches[CompilingDriver.DEVICE][0])
+    triton.runtime.driver.set_active(active)
+    for kernel in kernels:
+        kernel.device_caches.pop(CompilingDriver.DEVICE, None)
+
+
+def test_one_compilation_serves_all_sizes(compiles_only: Callable[[Any], int]) -> None:
+    # Of 1 and of multiples of 16 Triton makes constants by default.
+    for shape in ((2, 21, 9, 7), (1, 21, 1, 1), (1, 22, 16, 32), (3, 60, 30, 2)):
+        mask, image = torch.rand(shape), torch.rand(shape[0], 3, *shape[2:])
+        for dilations in ([1, 2], [3, 24]):
+            affinity = backend.empty_affinity(image, 8 * len(dilations))
+            backend.affinity(image, dilations, VARIANTS["par"], affinity)
+            backend.propagate(mask, affinity, dilations, 1)
+            backend.propagate_transposed(mask, affinity, dilations, 1)
+    affinity = backend.empty_affinity(image, 24)
+    backend.propagate(mask, affinity, [1, 2, 1000], 1)
+    for kernel in (affinities.affinity_kernel, propagation.propagate_kernel, propagation.transposed_kernel):
+        assert compiles_only(kernel) == 1
+    backend.propagate(mask, affinity, [1, 2, 4], 1, torch.tensor([1, 2, 3]))
+    assert compiles_only(propagation.propagate_kernel) == 2
+
+
+@pytest.mark.skipif(not FOLDER, reason="WSSEG_TRITONS names no folder of other Tritons")
+@pytest.mark.parametrize("version", TRITONS)
+def test_compiles_with_other_tritons(version: str, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(FOLDER, version)), str(ROOT)]),
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "benchmarks.registers", "--print"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"Triton {version}" in result.stdout

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .base import Backbone, WeightsError, load_strictly, read_state_dict, unwrap_state_dict
+from .base import Backbone, WeightsError, load_strictly, normalise, read_state_dict, unwrap_state_dict
 from .efficientnet_lite import EfficientNetLite0
 from .resnet import ResNet50, ResNet101
 from .vgg16 import VGG16
@@ -19,6 +19,7 @@ __all__ = [
     "WideResNet38",
     "build_backbone",
     "load_strictly",
+    "normalise",
     "pretrained_backbone",
     "read_state_dict",
     "unwrap_state_dict",
@@ -41,7 +42,7 @@ def build_backbone(name: str) -> Backbone:
 
 
 def pretrained_backbone(name: str, weights: Path | None = None) -> Backbone:
-    """Build a backbone with the ImageNet weights in a file, or with those that come with it."""
+    """Build a backbone with ImageNet weights: those in a file, or those of a pip package."""
     backbone = build_backbone(name)
     if weights is not None:
         backbone.load_weights(weights)

@@ -1,24 +1,25 @@
-"""What the segmentation model needs to know about a backbone, and how its weights are read."""
+"""The interface of a backbone, the normalisation of its input, and the reader of its weights."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from ..archives import load_tensors
+from ..files.tensors import load_tensors
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class WeightsError(ValueError):
-    """A file of weights is missing or is not what the network expects; the message says which and why."""
+    """A file of weights is missing or does not fit the network; the message names the file and the reason."""
 
 
 class Backbone(nn.Module, ABC):
-    """A pre-trained network that returns `conv3` (stride 4: skip and shallow features) and `conv6` (its deepest)."""
+    """A pre-trained network that returns `conv3` (stride 4: skip and shallow features) and `conv6` (the deepest)."""
 
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -27,7 +28,7 @@ class Backbone(nn.Module, ABC):
     aspp_dilations: tuple[int, int, int] = (12, 24, 36)
     bias_lr_multiple: int = 2
     weights_file: ClassVar[str]
-    """The name under which the file of ImageNet weights is usually found, and where."""
+    """The usual name of the file of ImageNet weights, and its source."""
 
     @abstractmethod
     def frozen_modules(self) -> list[nn.Module]:
@@ -42,13 +43,22 @@ class Backbone(nn.Module, ABC):
         return dict(weights)
 
     def load_weights(self, path: Path) -> None:
-        """Load ImageNet weights from a file; every weight of the backbone must be in it, and none beside them."""
+        """Load ImageNet weights from a file, which must hold every weight of the backbone and no others."""
         weights = self.rename_weights(read_state_dict(path))
         load_strictly(self, weights, f"{path} does not fit {type(self).__name__}")
 
 
+def normalise(image: Tensor, backbone: Backbone) -> Tensor:
+    """Bring an image [B, 3, H, W] in [0, 1] to the statistics with which the backbone was trained.
+
+    The result is channels-last: convolutions are then up to twice as fast, on a CPU too.
+    """
+    mean, std = image.new_tensor(backbone.mean), image.new_tensor(backbone.std)
+    return ((image - mean[:, None, None]) / std[:, None, None]).contiguous(memory_format=torch.channels_last)
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state_dict, also one that lies under a key such as `model`, or whose keys start with `module.`."""
+    """Read a state_dict; it may lie under a key such as `model`, and its keys may start with `module.`."""
     if not path.is_file():
         raise WeightsError(f"weights not found: {path}")
     try:

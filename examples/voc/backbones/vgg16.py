@@ -49,7 +49,7 @@ class VGG16(Backbone):
         return conv3, F.relu(self.fc7(self.dropout(F.relu(self.fc6(x)))))
 
     def rename_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Accept torchvision's names too; of its larger fully connected layers every fourth unit is kept."""
+        """Accept torchvision's names too; every fourth unit of its larger fully connected layers is kept."""
         if "features.0.weight" not in weights:
             return {key: value for key, value in weights.items() if not key.startswith("fc8.")}
         renamed = {}
@@ -58,8 +58,8 @@ class VGG16(Backbone):
             for index in range(1, count + 1):
                 for kind in ("weight", "bias"):
                     renamed[f"conv{stage}_{index}.{kind}"] = weights[f"features.{position}.{kind}"]
-                position += 2  # its ReLU has a number too
-            position += 1  # and its pooling
+                position += 2  # the ReLU is numbered too
+            position += 1  # and so is the pooling
         # DeepLab's decimation: 4096 units over 7x7 positions become 1024 over 3x3.
         renamed["fc6.weight"] = weights["classifier.0.weight"].reshape(4096, 512, 7, 7)[::4, :, ::3, ::3]
         renamed["fc6.bias"] = weights["classifier.0.bias"][::4]

@@ -1,6 +1,6 @@
 """WideResNet-38 (Wu et al., "Wider or Deeper", 2016) with dilations instead of its last strides: output stride 8.
 
-The module names (`conv1a`, `b2.conv_branch2a`, ...) are those of the weights files that people have.
+The module names (`conv1a`, `b2.conv_branch2a`, ...) are those of the published files of weights.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,8 @@
-"""Affinity and propagation in C++ (kernels.cpp), for CPUs: image by image, maps laid out as the C++ reads them."""
+"""Affinity and propagation in C++ (kernels.cpp), for CPUs."""
 
 import ctypes
+import functools
+import os
 from collections.abc import Sequence
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from ...neighbourhood import neighbour_offsets
 from ...variants import Variant, position_affinity
-from ..eager import mean_field_gradient, propagate_transposed
+from ..eager import mean_field_gradient
 from . import library
 from .lattice import make_filter, mean_field
 
@@ -23,21 +25,23 @@ __all__ = [
     "unavailable",
 ]
 
-# The narrowest map that kernels.cpp reads without a look at the width.
-MIN_WIDTH = 32
 # Weights up to this size stay in the last-level cache from one iteration to the next, beside small chunks of channels.
 # Larger ones come from memory every time, and as many channels should share them as the extra memory may hold.
 CACHED_WEIGHTS_BYTES = 24 * 2**20
 CHUNK_BYTES, CHUNK_BYTES_FROM_MEMORY = 4 * 2**20, 24 * 2**20
+
+# 13 rows of so many channels, and their weights, fit a first-level cache of so many bytes; half fits 32 KiB.
+GROUP, GROUP_OF_SMALL_CACHE, GROUP_CACHE_BYTES = 12, 6, 48 * 2**10
+
+# What kernels.cpp calls the types of the weights that it reads.
+TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
 def unavailable(device: torch.device) -> str | None:
     """Return why the C++ does not run on a device, or None if it does."""
     if device.type != "cpu":
         return "runs on CPUs only"
-    if library.load() is None:
-        return "needs Linux and a C++ compiler: c++, or the one that the environment variable CXX names"
-    return None
+    return library.problem()
 
 
 def empty_affinity(image: Tensor, neighbours: int) -> Tensor:
@@ -48,60 +52,103 @@ def empty_affinity(image: Tensor, neighbours: int) -> Tensor:
 
 def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Tensor) -> None:
     """Fill `out`, of `empty_affinity`, with the affinity of an image [B, K, H, W]."""
-    reach, neighbours = _neighbours(dilations, image.shape[3])
-    position = (ctypes.c_double * neighbours.count)()
+    image = image.to(torch.float64 if variant.in_double else torch.float32)
+    task = library.Affinity(
+        image.data_ptr(),
+        image.stride(),
+        *image.shape,
+        out.data_ptr(),
+        _neighbours(tuple(dilations), *image.shape[2:]),
+        _numbers(tuple(dilations), variant),
+        torch.get_num_threads(),
+    )
+    _run("affinity_double" if variant.in_double else "affinity_float", task)
+
+
+def propagate(
+    mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, counts: Tensor | None = None
+) -> Tensor:
+    """Return the mask [B, C, H, W] after `num_iter` weighted sums over the neighbours: contiguous, in its own dtype.
+
+    Of image b, only the first `counts[b]` channels are propagated; those that follow are zero in the result. `counts`
+    [B] is int64, on the CPU.
+    """
+    return _propagate(mask, affinity, dilations, num_iter, counts, transposed=False)
+
+
+def propagate_transposed(
+    grad: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, counts: Tensor | None = None
+) -> Tensor:
+    """Return the transpose of `propagate`, applied to `grad` [B, C, H, W]."""
+    return _propagate(grad, affinity, dilations, num_iter, counts, transposed=True)
+
+
+def _propagate(
+    mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, counts: Tensor | None, transposed: bool
+) -> Tensor:
+    dtype = torch.promote_types(mask.dtype, torch.float32)
+    rows = affinity.transpose(1, 2).contiguous()  # no copy of what `affinity` above has made
+    masks = mask.to(dtype)
+    empty = torch.empty if counts is None else torch.zeros
+    result = empty(mask.shape, dtype=dtype)
+    _, neighbours, height, width = affinity.shape
+    weights_bytes = neighbours * height * width * rows.itemsize
+    chunk_bytes = CHUNK_BYTES if weights_bytes <= CACHED_WEIGHTS_BYTES else CHUNK_BYTES_FROM_MEMORY
+    task = library.Propagation(
+        masks.data_ptr(),
+        masks.stride(),
+        *masks.shape,
+        result.data_ptr(),
+        None if counts is None else counts.data_ptr(),
+        rows.data_ptr(),
+        TYPES[rows.dtype],
+        _neighbours(tuple(dilations), height, width),
+        num_iter,
+        transposed,
+        torch.get_num_threads(),
+        _group(),
+        chunk_bytes,
+    )
+    _run("propagate_double" if dtype == torch.float64 else "propagate_float", task)
+    return result.to(mask.dtype)
+
+
+@functools.cache
+def _group() -> int:
+    """Return how many channels are summed together: their neighbours should stay in the first-level cache."""
+    return GROUP if _first_level_cache() >= GROUP_CACHE_BYTES else GROUP_OF_SMALL_CACHE
+
+
+def _first_level_cache() -> int:
+    try:
+        return os.sysconf("SC_LEVEL1_DCACHE_SIZE")
+    except (ValueError, OSError):  # another C library
+        return 0
+
+
+def _run(function: str, task: ctypes.Structure) -> None:
+    """Call a function of the library with the memory that it asks for."""
+    loaded = library.load()
+    workspace = torch.empty(getattr(loaded, f"{function}_workspace")(task), dtype=torch.uint8)
+    getattr(loaded, function)(task, workspace.data_ptr())
+
+
+@functools.lru_cache(maxsize=64)
+def _neighbours(dilations: tuple[int, ...], height: int, width: int) -> library.Neighbours:
+    """Return the neighbours' offsets, no longer than the map: beyond it, all is border."""
+    offsets = neighbour_offsets(dilations)
+    dy = [max(-height, min(y, height)) for y, _ in offsets]
+    dx = [max(-width, min(x, width)) for _, x in offsets]
+    array = ctypes.c_int64 * len(offsets)
+    by_dx = sorted(range(len(offsets)), key=dx.__getitem__)
+    return library.Neighbours(len(offsets), max(dx), array(*dy), array(*dx), array(*by_dx))
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(dilations: tuple[int, ...], variant: Variant) -> library.Variant:
+    """Return the numbers of a variant, with the position term of every neighbour."""
+    position = (ctypes.c_double * (8 * len(dilations)))()
     if variant.position_weight:
         position[:] = position_affinity(neighbour_offsets(dilations), variant).tolist()
-    parameters = library.Variant(
-        variant.guard, variant.weight, variant.samples(len(dilations)), variant.sigma_power, variant.power, position
-    )
-    dtype = torch.float64 if variant.in_double else torch.float32
-    compute = getattr(library.load(), f"affinity_{library.REALS[dtype]}")
-    for one, weights in zip(image, out, strict=True):
-        padded, size = _padded(one, reach, dtype)
-        compute(padded.data_ptr(), weights.data_ptr(), size, neighbours, parameters, torch.get_num_threads())
-
-
-def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
-    """Return the mask [B, C, H, W] after `num_iter` weighted sums over the neighbours: contiguous, in its own dtype."""
-    _, channels, height, width = mask.shape
-    reach, neighbours = _neighbours(dilations, width)
-    dtype = torch.promote_types(mask.dtype, torch.float32)
-    compute = getattr(library.load(), f"propagate_{library.REALS[dtype]}")
-    result = torch.empty_like(mask, memory_format=torch.contiguous_format)
-    rows = affinity.transpose(1, 2).to(dtype).contiguous()  # no copy of what `affinity` above has made
-    chunk_bytes = CHUNK_BYTES if rows[0].nbytes <= CACHED_WEIGHTS_BYTES else CHUNK_BYTES_FROM_MEMORY
-    chunks = min(channels, -(-channels * height * width * dtype.itemsize // chunk_bytes))
-    for image_mask, weights, image_result in zip(mask, rows, result, strict=True):
-        for chunk, refined in zip(image_mask.chunk(chunks), image_result.chunk(chunks), strict=True):
-            padded, size = _padded(chunk, reach, dtype)
-            tables = [padded, torch.empty_like(padded)]
-            compute(
-                *(table.data_ptr() for table in tables),
-                weights.data_ptr(),
-                size,
-                neighbours,
-                num_iter,
-                torch.get_num_threads(),
-            )
-            refined.copy_(tables[num_iter % 2][:, :, reach : reach + width].transpose(0, 1))
-    return result
-
-
-def _neighbours(dilations: Sequence[int], width: int) -> tuple[int, library.Neighbours]:
-    """Return how far neighbours are to the sides, and their offsets. Farther than the width, all is border."""
-    reach = min(max(dilations), width)
-    dy, dx = zip(*neighbour_offsets(dilations), strict=True)
-    array = ctypes.c_int64 * len(dy)
-    return reach, library.Neighbours(len(dy), array(*dy), array(*(max(-reach, min(x, reach)) for x in dx)))
-
-
-def _padded(maps: Tensor, reach: int, dtype: torch.dtype) -> tuple[Tensor, library.Map]:
-    """Return maps [C, H, W] as kernels.cpp stores them, [H, C, pitch], the border replicated to both sides."""
-    channels, height, width = maps.shape
-    padded = maps.new_empty(height, channels, 2 * reach + max(width, MIN_WIDTH), dtype=dtype)
-    left, image, right = padded.tensor_split((reach, reach + width), dim=2)
-    image.copy_(maps.transpose(0, 1))
-    left.copy_(image[:, :, :1].expand_as(left))
-    right.copy_(image[:, :, -1:].expand_as(right))
-    return padded, library.Map(channels, height, width, reach, padded.shape[2])
+    samples = variant.samples(len(dilations))
+    return library.Variant(variant.guard, variant.weight, samples, variant.sigma_power, variant.power, position)

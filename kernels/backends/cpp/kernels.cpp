@@ -1,13 +1,17 @@
-// The dilated affinity and its propagation for one image, on a CPU. library.py compiles it, __init__.py calls it.
+// PAMR's and PAR's affinity (eq. 8) and its propagation (eq. 7), on a CPU. library.py compiles it, __init__.py calls it.
 //
-// A map is stored row by row, [height][channels][pitch]. In a row, the image starts at column `reach`; its border is
-// replicated by `reach` columns to both sides, and further to the right where it is narrower than MIN_WIDTH.
-// An affinity is [height][neighbours][width]. Neighbour n of a pixel is (dy[n], dx[n]) away, with |dx[n]| <= reach.
+// Maps are copied to tables [height][channels][pitch]. In a row of a table, the image starts at column `left`, and its
+// border is replicated on both sides, so that a neighbour is read like any other pixel. The transposed propagation
+// has zeros there instead. An affinity is [batch][height][neighbours][width].
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <type_traits>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int REGISTER = 64; // bytes
@@ -16,20 +20,27 @@ constexpr int REGISTER = 32;
 #else
 constexpr int REGISTER = 16;
 #endif
+constexpr int LINE = 64; // bytes of a cache line
 
-// Pixels of a map that may be read at once, whatever its width.
-constexpr int MIN_WIDTH = 32;
+// Sums that stay in registers, with room for the weights and an operand beside them.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int SUMS = 24;
+#else
+constexpr int SUMS = 12;
+#endif
+constexpr int MAX_CHANNELS = 12, MAX_VECTORS = 4; // of which they are made
 
-// Channels whose sums stay in registers together, with room for a weight and an operand beside them.
-constexpr int MAX_GROUP = 12;
+// The least work of a thread: terms of sums in one iteration, and neighbours of pixels in all channels of an image.
+constexpr int64_t PROPAGATE_GRAIN = 1 << 18, AFFINITY_GRAIN = 1 << 15;
 
-struct Map {
-    int64_t channels, height, width, reach, pitch;
-};
+// As many images or chunks of channels are worked on at once as there are threads, if their tables fit these bytes.
+constexpr int64_t SLOTS_BYTES = 24 << 20;
+constexpr int64_t MAX_SLOTS = 64;
 
 struct Neighbours {
-    int64_t count;
-    const int64_t *dy, *dx;
+    int64_t count, reach;
+    const int64_t *dy, *dx; // where neighbour n is; |dx[n]| <= reach
+    const int64_t *by_dx;   // the neighbours from the leftmost to the rightmost
 };
 
 // The numbers of a Variant of variants.py; `position` holds every neighbour's position term.
@@ -39,16 +50,37 @@ struct Variant {
     const double *position;
 };
 
+struct Affinity {
+    const void *image; // [batch][channels][height][width], with strides in elements
+    int64_t strides[4], batch, channels, height, width;
+    float *out;
+    Neighbours neighbours;
+    Variant variant;
+    int64_t threads;
+};
+
+struct Propagation {
+    const void *masks; // [batch][channels][height][width], with strides in elements
+    int64_t strides[4], batch, channels, height, width;
+    void *out;             // contiguous
+    const int64_t *counts; // of channels in every image, or null for all
+    const void *weights;
+    int64_t weights_type; // see Type
+    Neighbours neighbours;
+    int64_t iterations, transposed, threads;
+    int64_t group, chunk_bytes; // channels that are summed together, and that stay in the cache
+};
+
+enum Type { FLOAT64, FLOAT32, FLOAT16, BFLOAT16 };
+
 template <typename Real> struct Types;
 template <> struct Types<float> {
     typedef float Vector __attribute__((vector_size(REGISTER), aligned(sizeof(float)), may_alias));
-    typedef uint32_t Bits __attribute__((vector_size(REGISTER)));
-    static constexpr int fraction = 23, bias = 127, lowest = -87;
+    static constexpr Type type = FLOAT32;
 };
 template <> struct Types<double> {
     typedef double Vector __attribute__((vector_size(REGISTER), aligned(sizeof(double)), may_alias));
-    typedef uint64_t Bits __attribute__((vector_size(REGISTER)));
-    static constexpr int fraction = 52, bias = 1023, lowest = -708;
+    static constexpr Type type = FLOAT64;
 };
 template <typename Real> using Vector = typename Types<Real>::Vector;
 template <typename Real> constexpr int LANES = REGISTER / sizeof(Real);
@@ -56,213 +88,667 @@ template <typename Real> constexpr int LANES = REGISTER / sizeof(Real);
 template <typename Real> static Vector<Real> &at(Real *address) { return *(Vector<Real> *)address; }
 template <typename Real> static const Vector<Real> &at(const Real *address) { return *(const Vector<Real> *)address; }
 
-// Where a row's next block starts: the last one overlaps the one before, unless it is the only one.
-static int64_t block_start(int64_t x, int64_t block, int64_t width)
-{
-    return x + block <= width || width < block ? x : width - block;
-}
+static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// Return where pixel 0 of a row reads its neighbours. Rows beyond the border are the border's.
-template <typename Real>
-static std::vector<const Real *> find_rows(const Real *map, const Map &size, const Neighbours &neighbours, int64_t y)
+// ---- Threads ----
+
+// Call body(thread, threads) in every thread. One thread opens no parallel region, which a forked child could not.
+template <typename Body> static void in_parallel([[maybe_unused]] int64_t threads, const Body &body)
 {
-    std::vector<const Real *> rows(neighbours.count);
-    for (int64_t n = 0; n < neighbours.count; n++) {
-        int64_t row = y + neighbours.dy[n];
-        row = row < 0 ? 0 : row < size.height ? row : size.height - 1;
-        rows[n] = map + row * size.channels * size.pitch + size.reach + neighbours.dx[n];
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        body(omp_get_thread_num(), omp_get_num_threads());
+        return;
     }
-    return rows;
+#endif
+    body(0, 1);
 }
 
-// e^x for x <= 0, to a relative 2e-7. NaN stays NaN.
-template <typename Real> static Vector<Real> exp_of_negative(Vector<Real> x)
+static void wait_for_all([[maybe_unused]] int64_t threads)
 {
-    using T = Types<Real>;
-    // Adding it rounds, and leaves the integer in the lowest bits.
-    constexpr Real magic = uint64_t(3) << (T::fraction - 1);
-    constexpr double ln2_high = 0.693359375, factorials[] = {720, 120, 24, 6, 2, 1, 1};
-    x = x < T::lowest ? Vector<Real>{} + T::lowest : x;
-    Vector<Real> shifted = x * Real(M_LOG2E) + magic, integer = shifted - magic;
-    Vector<Real> rest = x - integer * Real(ln2_high) - integer * Real(M_LN2 - ln2_high);
-    Vector<Real> series = Vector<Real>{} + Real(1. / 5040);
-    for (double factorial : factorials) series = series * rest + Real(1 / factorial);
-    typename T::Bits power_of_2 = ((typename T::Bits)shifted + T::bias) << T::fraction;
-    return series * (Vector<Real>)power_of_2;
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp barrier
+    }
+#endif
 }
 
-// Fill weights[neighbour][pixel] of a block of pixels from column x on. `rows` and `centre` point to column 0.
-template <typename Real, int BLOCK>
-static void weigh(Real (*weights)[BLOCK], const std::vector<const Real *> &rows, const Real *centre, int64_t x,
-                  const Map &size, const Variant &variant)
+// How many threads are worth `work`.
+static int64_t limit_threads(int64_t threads, int64_t work, int64_t grain)
 {
-    constexpr int lanes = LANES<Real>, vectors = BLOCK / lanes;
-    using V = Vector<Real>;
-    const int64_t count = rows.size();
-
-    std::memset(weights, 0, count * sizeof *weights);
-    for (int64_t k = 0; k < size.channels; k++) {
-        const int64_t first = k * size.pitch + x;
-        V middle[vectors], total[vectors] = {}, squares[vectors] = {}, scale[vectors] = {};
-        for (int v = 0; v < vectors; v++) middle[v] = at(centre + first + v * lanes);
-
-        // Moments about the centre: exactly zero where the image is flat, and no cancellation however large its offset.
-        for (int64_t n = 0; n < count; n++)
-            for (int v = 0; v < vectors; v++) {
-                V difference = at(rows[n] + first + v * lanes) - middle[v];
-                total[v] += difference;
-                squares[v] += difference * difference;
-            }
-        for (int v = 0; v < vectors; v++)
-            for (int i = 0; i < lanes; i++) {
-                Real variance = (squares[v][i] - total[v][i] * total[v][i] / variant.samples) / (variant.samples - 1);
-                variance = variance < 0 ? 0 : variance; // NaN stays NaN
-                Real sigma = variant.sigma_power == 0 ? 1 : variant.sigma_power == 1 ? std::sqrt(variance) : variance;
-                scale[v][i] = 1 / (variant.guard + variant.weight * sigma); // eq. 8
-            }
-        for (int64_t n = 0; n < count; n++)
-            for (int v = 0; v < vectors; v++) {
-                V difference = (at(rows[n] + first + v * lanes) - middle[v]) * scale[v];
-                V &exponent = at(&weights[n][v * lanes]);
-                exponent -= variant.power == 2 ? difference * difference : difference < 0 ? -difference : difference;
-            }
-    }
-
-    // Softmax over the neighbours.
-    for (int v = 0; v < vectors; v++) {
-        V highest = at(&weights[0][v * lanes]), sum = {};
-        for (int64_t n = 1; n < count; n++) {
-            V exponent = at(&weights[n][v * lanes]);
-            highest = exponent > highest ? exponent : highest;
-        }
-        for (int64_t n = 0; n < count; n++) {
-            V &weight = at(&weights[n][v * lanes]);
-            weight = exp_of_negative<Real>((weight - highest) / Real(size.channels));
-            sum += weight;
-        }
-        for (int64_t n = 0; n < count; n++) {
-            V &weight = at(&weights[n][v * lanes]);
-            weight = weight / sum + Real(variant.position[n]);
-        }
-    }
+    return std::clamp<int64_t>(work / grain, 1, std::max<int64_t>(threads, 1));
 }
+
+// Cuts the workspace into arrays that start at a line of their own. Without a workspace, it measures how much is needed.
+struct Workspace {
+    uintptr_t base;
+    int64_t used = 0;
+    template <typename T> T *take(int64_t count)
+    {
+        T *array = (T *)(base + used);
+        used += round_up(count * sizeof(T), LINE);
+        return array;
+    }
+};
+
+// ---- Tables ----
+
+struct Table {
+    int64_t channels, height, width, left, pitch;
+    template <typename Real> Real *row(Real *table, int64_t y) const { return table + y * channels * pitch + left; }
+};
 
 template <typename Real>
-static void affinity(const Real *image, float *out, const Map &size, const Neighbours &neighbours, const Variant &variant,
-                     int64_t threads)
+static Table make_table(int64_t channels, int64_t height, int64_t width, int64_t reach, int64_t right)
 {
-    constexpr int block = 2 * LANES<Real>;
-    static_assert(block <= MIN_WIDTH);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t y = 0; y < size.height; y++) {
-        const auto rows = find_rows(image, size, neighbours, y);
-        std::vector<Real> scratch(neighbours.count * block);
-        auto weights = (Real(*)[block])scratch.data();
-        const Real *centre = image + y * size.channels * size.pitch + size.reach;
-        float *row = out + y * neighbours.count * size.width;
-        const int64_t pixels = size.width < block ? size.width : block;
-        for (int64_t x = 0; x < size.width; x += block) {
-            const int64_t start = block_start(x, block, size.width);
-            weigh<Real, block>(weights, rows, centre, start, size, variant);
-            for (int64_t n = 0; n < neighbours.count; n++)
-                for (int64_t i = 0; i < pixels; i++) row[n * size.width + start + i] = weights[n][i];
-        }
-    }
+    constexpr int64_t line = LINE / sizeof(Real);
+    const int64_t left = round_up(reach, line);
+    // An odd number of lines, so that rows do not share the same few sets of the first-level cache.
+    const int64_t lines = divide_up(left + std::max<int64_t>(width, LANES<Real>) + right, line) | 1;
+    return {channels, height, width, left, lines * line};
 }
 
-// Sum a register of pixels over their neighbours in `group` channels. What the next row of pixels needs is fetched
-// meanwhile: its weights, its result, and `lowest`, the only one of its neighbours' rows that was not read before.
-template <int group, typename Real>
-static void sum(Real *out, const Real *lowest, const std::vector<const Real *> &rows, int64_t first,
-                const Real *weights, int64_t stride, const Map &size)
+// Fill the columns beyond both sides of the image with the border, or with zeros.
+template <typename Real> static void pad_sides(Real *row, const Table &table, bool zeros)
 {
-    const int64_t count = rows.size();
-    Vector<Real> sums[group] = {};
-    for (int64_t n = 0; n < count; n++) {
-        const Vector<Real> weight = at(weights + n * stride);
-        __builtin_prefetch(weights + (count + n) * stride);
-        for (int c = 0; c < group; c++) sums[c] += weight * at(rows[n] + first + c * size.pitch);
-    }
-    for (int c = 0; c < group; c++) {
-        const int64_t pixels = first + c * size.pitch;
-        at(out + pixels) = sums[c];
-        __builtin_prefetch(out + size.channels * size.pitch + pixels, 1);
-        __builtin_prefetch(lowest + pixels);
-    }
+    std::fill(row - table.left, row, zeros ? Real(0) : row[0]);
+    std::fill(row + table.width, row + table.pitch - table.left, zeros ? Real(0) : row[table.width - 1]);
 }
 
-template <int group = MAX_GROUP, typename... Arguments>
-static void sum_channels(int64_t channels, const Arguments &...arguments)
-{
-    if (channels == group)
-        sum<group>(arguments...);
-    else if constexpr (group > 1)
-        sum_channels<group - 1>(channels, arguments...);
-}
-
-// Sum a row of pixels over their neighbours, and replicate the border to its sides.
+// Copy row y of an image [channels][height][width] to its table.
 template <typename Real>
-static void propagate_row(Real *result, const Real *masks, const Real *affinity, const Map &size,
-                          const Neighbours &neighbours, int64_t y)
+static void read_row(Real *out, const Real *image, const int64_t *strides, int64_t y, const Table &table, bool zeros)
+{
+    for (int64_t c = 0; c < table.channels; c++, out += table.pitch) {
+        const Real *in = image + c * strides[1] + y * strides[2];
+        if (strides[3] == 1)
+            std::copy_n(in, table.width, out);
+        else
+            for (int64_t x = 0; x < table.width; x++) out[x] = in[x * strides[3]];
+        pad_sides(out, table, zeros);
+    }
+}
+
+// Point to column 0 of every neighbour's row for the pixels of row y. Rows beyond the border are the border's.
+template <typename Real>
+static void find_rows(const Real **rows, const Real *tables, const Table &table, const Neighbours &neighbours, int64_t y)
+{
+    for (int64_t n = 0; n < neighbours.count; n++)
+        rows[n] = table.row(tables, std::clamp<int64_t>(y + neighbours.dy[n], 0, table.height - 1)) + neighbours.dx[n];
+}
+
+// ---- Affinity, eq. 8: softmax over n of -mean_k (|I_ki - I_kn| / (guard + weight sigma_ki^sigma_power))^power ----
+
+// Pixels are weighed in blocks of this size. Moments and exponents are `Real`, the softmax is float32.
+constexpr int BLOCK = 2 * LANES<float>;
+
+// What a thread needs to weigh a block of pixels.
+template <typename Real> struct Scratch {
+    const Real *centre, **rows; // where column 0 of the row and its neighbours is
+    Real (*scales)[BLOCK];      // of every channel
+    Real (*exponents)[BLOCK];   // of every neighbour
+    float (*weights)[BLOCK];
+};
+
+template <typename Real> static Vector<Real> square_root(Vector<Real> x)
+{
+    Real lanes[LANES<Real>];
+    at(lanes) = x;
+    for (Real &lane : lanes) lane = std::sqrt(lane);
+    return at(lanes);
+}
+
+// 2^x for x <= 0, to a relative 2e-7. NaN stays NaN.
+static Vector<float> power_of_2(Vector<float> x)
+{
+    typedef int32_t Bits __attribute__((vector_size(REGISTER)));
+    constexpr float magic = 3 << 22; // adding it rounds, and leaves the integer in the lowest bits
+    x = x < -126 ? Vector<float>{} - 126 : x;
+    const Vector<float> shifted = x + magic, rest = (x - (shifted - magic)) * float(M_LN2);
+    Vector<float> series = Vector<float>{} + 1.f / 5040;
+    for (float factorial : {720.f, 120.f, 24.f, 6.f, 2.f, 1.f, 1.f}) series = series * rest + 1 / factorial;
+    return (Vector<float>)((Bits)series + ((Bits)shifted << 23)); // the integer is added to the exponent
+}
+
+// Return 1 / (guard + weight sigma^sigma_power) of a channel, for the register of pixels that starts at `first`.
+template <typename Real>
+static Vector<Real> find_scale(const Scratch<Real> &scratch, int64_t first, const Affinity &task)
+{
+    const Variant &variant = task.variant;
+    const Vector<Real> middle = at(scratch.centre + first), none = {};
+    // Moments about the pixel itself: sigma is 0 where the image is flat, and no offset of the image cancels anything.
+    Vector<Real> total = {}, squares = {};
+    for (int64_t n = 0; n < task.neighbours.count; n++) {
+        const Vector<Real> difference = at(scratch.rows[n] + first) - middle;
+        total += difference;
+        squares += difference * difference;
+    }
+    const Real samples = variant.samples;
+    Vector<Real> sigma = (squares - total * total / samples) / (samples - 1);
+    sigma = sigma < 0 ? none : sigma; // NaN stays NaN
+    if (variant.sigma_power == 1) sigma = square_root<Real>(sigma);
+    if (variant.sigma_power == 0) sigma = none + 1;
+    return 1 / (Real(variant.guard) + Real(variant.weight) * sigma); // eq. 8
+}
+
+// Fill scratch.weights with a block's exponents of eq. 8 to the base 2, relative to the largest of every pixel.
+template <int K, bool squared, typename Real>
+static void find_exponents(const Scratch<Real> &scratch, int64_t x, int64_t pitch, const Affinity &task)
 {
     constexpr int lanes = LANES<Real>;
-    const int64_t row_size = size.channels * size.pitch;
-    const auto rows = find_rows(masks, size, neighbours, y);
-    Real *out = result + y * row_size + size.reach;
-    const Real *lowest = masks + (y + 1 + size.reach) * row_size + size.reach;
-    const Real *weights = affinity + y * neighbours.count * size.width;
-    int64_t stride = size.width;
-
-    std::vector<Real> wide; // of narrow maps, where a register of weights would reach beyond the affinity
-    if (size.width < lanes) {
-        wide.resize(neighbours.count * lanes);
-        for (int64_t n = 0; n < neighbours.count; n++)
-            std::memcpy(&wide[n * lanes], weights + n * stride, stride * sizeof(Real));
-        weights = wide.data();
-        stride = lanes;
-    }
-
-    const int64_t groups = (size.channels + MAX_GROUP - 1) / MAX_GROUP;
-    for (int64_t g = 0; g < groups; g++) {
-        const int64_t channel = size.channels * g / groups, next = size.channels * (g + 1) / groups;
-        for (int64_t x = 0; x < size.width; x += lanes) {
-            const int64_t start = block_start(x, lanes, size.width), first = channel * size.pitch + start;
-            sum_channels(next - channel, out, lowest, rows, first, weights + start, stride, size);
+    const int64_t channels = K ? K : task.channels, count = task.neighbours.count;
+    const Real factor = -M_LOG2E / channels;
+    for (int v = 0; v < BLOCK; v += lanes) {
+        Vector<Real> least = Vector<Real>{} + Real(INFINITY);
+        for (int64_t n = 0; n < count; n++) {
+            Vector<Real> sum = {};
+            for (int64_t k = 0; k < channels; k++) {
+                const int64_t pixel = k * pitch + x + v;
+                const Vector<Real> difference = at(scratch.rows[n] + pixel) - at(scratch.centre + pixel);
+                const Vector<Real> scaled = difference * at(scratch.scales[k] + v);
+                sum += squared ? scaled * scaled : scaled < 0 ? -scaled : scaled; // eq. 8
+            }
+            least = sum < least ? sum : least;
+            at(scratch.exponents[n] + v) = sum;
         }
-    }
-
-    for (int64_t c = 0; c < size.channels; c++) {
-        Real *first = out + c * size.pitch, *last = first + size.width - 1;
-        for (int64_t x = 1; x <= size.reach; x++) {
-            first[-x] = *first;
-            last[x] = *last;
-        }
+        for (int64_t n = 0; n < count; n++)
+            for (int i = 0; i < lanes; i++)
+                scratch.weights[n][v + i] = (scratch.exponents[n][v + i] - least[i]) * factor;
     }
 }
 
-// `from` is summed into `to`, and back, as often as there are iterations.
-template <typename Real>
-static void propagate(Real *from, Real *to, const Real *affinity, const Map &size, const Neighbours &neighbours,
-                      int64_t iterations, int64_t threads)
+// Turn a block's exponents into weights.
+static void softmax(float (*weights)[BLOCK], const Affinity &task)
 {
-#pragma omp parallel num_threads(threads)
-    for (int64_t t = 0; t < iterations; t++) {
-#pragma omp for schedule(static) // so that a thread's rows stay in its cache
-        for (int64_t y = 0; y < size.height; y++)
-            propagate_row(t % 2 ? from : to, t % 2 ? to : from, affinity, size, neighbours, y);
+    for (int v = 0; v < BLOCK; v += LANES<float>) {
+        Vector<float> sum = {};
+        for (int64_t n = 0; n < task.neighbours.count; n++) {
+            Vector<float> &weight = at(weights[n] + v);
+            weight = power_of_2(weight);
+            sum += weight;
+        }
+        const Vector<float> inverse = 1 / sum;
+        for (int64_t n = 0; n < task.neighbours.count; n++) {
+            Vector<float> &weight = at(weights[n] + v);
+            weight = weight * inverse + float(task.variant.position[n]);
+        }
     }
 }
 
-#define EXPORT(Real)                                                                                                 \
-    extern "C" void affinity_##Real(const Real *image, float *out, const Map *size, const Neighbours *neighbours,    \
-                                    const Variant *variant, int64_t threads)                                               \
-    {                                                                                                                \
-        affinity(image, out, *size, *neighbours, *variant, threads);                                                    \
-    }                                                                                                                \
-    extern "C" void propagate_##Real(Real *from, Real *to, const Real *affinity, const Map *size,                    \
-                                     const Neighbours *neighbours, int64_t iterations, int64_t threads)              \
-    {                                                                                                                \
-        propagate(from, to, affinity, *size, *neighbours, iterations, threads);                                      \
+// Fill scratch.weights of the block that starts at column x.
+template <typename Real>
+static void weigh(const Scratch<Real> &scratch, int64_t x, int64_t pitch, const Affinity &task)
+{
+    for (int64_t k = 0; k < task.channels; k++)
+        for (int v = 0; v < BLOCK; v += LANES<Real>)
+            at(scratch.scales[k] + v) = find_scale(scratch, k * pitch + x + v, task);
+    const bool squared = task.variant.power == 2;
+    if (task.channels == 3) // known to the compiler, they stay in registers
+        (squared ? find_exponents<3, true, Real> : find_exponents<3, false, Real>)(scratch, x, pitch, task);
+    else
+        (squared ? find_exponents<0, true, Real> : find_exponents<0, false, Real>)(scratch, x, pitch, task);
+    softmax(scratch.weights, task);
+}
+
+template <typename Real> static Scratch<Real> take_scratch(Workspace &workspace, const Affinity &task)
+{
+    const int64_t count = task.neighbours.count;
+    Scratch<Real> scratch;
+    scratch.rows = workspace.take<const Real *>(count);
+    scratch.scales = workspace.take<Real[BLOCK]>(task.channels);
+    scratch.exponents = workspace.take<Real[BLOCK]>(count);
+    scratch.weights = workspace.take<float[BLOCK]>(count);
+    return scratch;
+}
+
+// How the workspace is divided: the images as tables, then every thread's scratch.
+template <typename Real> struct AffinityPlan {
+    Table table;
+    int64_t threads, shared_bytes, scratch_bytes;
+    Real *tables;
+
+    AffinityPlan(const Affinity &task, void *memory)
+    {
+        const int64_t reach = task.neighbours.reach, pixels = task.batch * task.height * task.width;
+        threads = limit_threads(task.threads, pixels * task.neighbours.count * task.channels, AFFINITY_GRAIN);
+        table = make_table<Real>(task.channels, task.height, task.width, reach, reach + BLOCK);
+        Workspace workspace = {(uintptr_t)memory};
+        tables = workspace.take<Real>(task.batch * task.height * task.channels * table.pitch);
+        shared_bytes = workspace.used;
+        take_scratch<Real>(workspace, task);
+        scratch_bytes = workspace.used - shared_bytes;
     }
-EXPORT(float)
-EXPORT(double)
+    int64_t bytes() const { return shared_bytes + threads * scratch_bytes; }
+};
+
+template <typename Real>
+static void weigh_row(Scratch<Real> &scratch, const Affinity &task, const AffinityPlan<Real> &plan, int64_t image,
+                      int64_t y)
+{
+    const int64_t count = task.neighbours.count, width = task.width, pixels = std::min<int64_t>(width, BLOCK);
+    const Real *map = plan.tables + image * task.height * task.channels * plan.table.pitch;
+    find_rows(scratch.rows, map, plan.table, task.neighbours, y);
+    scratch.centre = plan.table.row(map, y);
+    float *out = task.out + (image * task.height + y) * count * width;
+    for (int64_t x = 0; x < width; x += BLOCK) {
+        // The last block overlaps the one before, unless it is the only one.
+        const int64_t start = std::max<int64_t>(0, std::min<int64_t>(x, width - BLOCK));
+        weigh(scratch, start, plan.table.pitch, task);
+        for (int64_t n = 0; n < count; n++) std::copy_n(scratch.weights[n], pixels, out + n * width + start);
+    }
+}
+
+template <typename Real> static void affinity(const Affinity &task, void *memory)
+{
+    const AffinityPlan<Real> plan(task, memory);
+    in_parallel(plan.threads, [&](int64_t thread, int64_t threads) {
+        Workspace own = {(uintptr_t)memory, plan.shared_bytes + thread * plan.scratch_bytes};
+        auto scratch = take_scratch<Real>(own, task);
+        const int64_t rows = task.batch * task.height;
+        const int64_t first = rows * thread / threads, last = rows * (thread + 1) / threads;
+        for (int64_t row = first; row < last; row++) {
+            auto image = (const Real *)task.image + row / task.height * task.strides[0];
+            read_row(plan.table.row(plan.tables, row), image, task.strides, row % task.height, plan.table, false);
+        }
+        wait_for_all(threads);
+        for (int64_t row = first; row < last; row++)
+            weigh_row(scratch, task, plan, row / task.height, row % task.height);
+    });
+}
+
+// ---- Propagation, eq. 7: m^t_i = sum over n of alpha_in m^(t-1)_n ----
+
+// A chunk of an image's channels.
+struct Unit {
+    int64_t image, channel, channels;
+};
+
+// The units of a call, one after the other.
+struct Units {
+    const Propagation &task;
+    int64_t image = 0, chunk = 0;
+
+    int64_t channels_of(int64_t b) const { return task.counts ? task.counts[b] : task.channels; }
+    int64_t chunks_of(int64_t b, int64_t size) const
+    {
+        const int64_t channels = channels_of(b), bytes = channels * task.height * task.width * size;
+        return std::min(channels, divide_up(bytes, task.chunk_bytes));
+    }
+    // Take the next units, at most `slots`, and return how many there are.
+    int64_t next(Unit *units, int64_t slots, int64_t size)
+    {
+        int64_t taken = 0;
+        while (taken < slots && image < task.batch) {
+            const int64_t chunks = chunks_of(image, size), channels = channels_of(image);
+            if (chunk < chunks) {
+                const int64_t first = channels * chunk / chunks, last = channels * (chunk + 1) / chunks;
+                units[taken++] = {image, first, last - first};
+                chunk++;
+            } else {
+                image++;
+                chunk = 0;
+            }
+        }
+        return taken;
+    }
+};
+
+// How the workspace is divided: for every slot, two tables that iterations fill in turn and, for the transpose, its
+// weights; then every thread's pointers and copies of weights.
+template <typename Real> struct PropagationPlan {
+    Table table; // of as many channels as a unit has at most
+    int64_t threads, slots, table_size, sides, weights_pitch, shifted_size, terms, shared_bytes, worker_bytes;
+    bool copied; // weights that cannot be read where they are
+    Real *tables[2], *shifted;
+
+    PropagationPlan(const Propagation &task, void *memory);
+    int64_t bytes() const { return shared_bytes + threads * worker_bytes; }
+};
+
+// The terms of the top row's sums in the transpose: one per row from which a neighbour is in it, or above it.
+static int64_t most_readers(const Propagation &task)
+{
+    int64_t count = 0;
+    for (int64_t n = 0; n < task.neighbours.count; n++) {
+        const int64_t dy = task.neighbours.dy[n];
+        count += task.height == 1 || dy == 0 ? 1 : dy < 0 ? std::min(-dy, task.height - 1) + 1 : 0;
+    }
+    return count;
+}
+
+// float16 to float32: the exponent's bias is corrected by a multiplication, which also normalises.
+static float widen(uint16_t half, std::integral_constant<Type, FLOAT16>)
+{
+    uint32_t bits = uint32_t(half & 0x7fff) << 13, infinite = bits >= 0x0f800000 ? 0x7f800000 : 0;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    value *= 0x1p112f;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits |= infinite | uint32_t(half & 0x8000) << 16;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static float widen(uint16_t half, std::integral_constant<Type, BFLOAT16>)
+{
+    uint32_t bits = uint32_t(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Copy a row of weights of any type, from its element `first` on.
+template <typename Real>
+static void read_weights(Real *out, const void *weights, int64_t type, int64_t first, int64_t size)
+{
+    auto halves = (const uint16_t *)weights + first;
+    switch (type) {
+    case FLOAT64: std::copy_n((const double *)weights + first, size, out); break;
+    case FLOAT32: std::copy_n((const float *)weights + first, size, out); break;
+    case FLOAT16:
+        for (int64_t i = 0; i < size; i++) out[i] = widen(halves[i], std::integral_constant<Type, FLOAT16>());
+        break;
+    case BFLOAT16:
+        for (int64_t i = 0; i < size; i++) out[i] = widen(halves[i], std::integral_constant<Type, BFLOAT16>());
+        break;
+    }
+}
+
+// What pixels are summed from: weights[n][x] * rows[n][x] for all n < count, in every channel.
+template <typename Real> struct Terms {
+    const Real *const *rows, *const *weights;
+    int64_t count, pitch;
+    int64_t next; // from a row's weights to those of the next
+    const Real *ahead; // what the next row of pixels needs and this one does not, to be fetched meanwhile
+};
+
+// Sum `vectors` registers of pixels from column x on, in `channels` channels from `channel` on.
+template <int channels, int vectors, typename Real>
+static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
+{
+    constexpr int lanes = LANES<Real>;
+    const int64_t pitch = terms.pitch, count = terms.count, next = terms.next, first = channel * pitch + x;
+    const Real *const *rows = terms.rows, *const *all_weights = terms.weights;
+    Vector<Real> sums[channels][vectors];
+    // Without the pragmas, GCC keeps the sums in memory before and after the loop.
+#pragma GCC unroll 16
+    for (int c = 0; c < channels; c++)
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; v++) sums[c][v] = Vector<Real>{};
+    for (int64_t n = 0; n < count; n++) {
+        const Real *row = rows[n] + first, *weights = all_weights[n] + x;
+        Vector<Real> weight[vectors];
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; v++) weight[v] = at(weights + v * lanes);
+        __builtin_prefetch(weights + next);
+#pragma GCC unroll 16
+        for (int c = 0; c < channels; c++)
+#pragma GCC unroll 16
+            for (int v = 0; v < vectors; v++) sums[c][v] += weight[v] * at(row + c * pitch + v * lanes); // eq. 7
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < channels; c++) {
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; v++) at(out + first + c * pitch + v * lanes) = sums[c][v];
+        __builtin_prefetch(terms.ahead + first + c * pitch);
+    }
+}
+
+template <typename Real> using Sum = void (*)(Real *, const Terms<Real> &, int64_t, int64_t);
+
+constexpr int most_vectors(int channels) { return std::clamp(SUMS / channels, 1, MAX_VECTORS); }
+
+// Return the `sum` of so many channels and registers.
+template <typename Real, int most_channels = MAX_CHANNELS, int most = most_vectors(most_channels)>
+static Sum<Real> find_sum(int64_t channels, int64_t vectors)
+{
+    if constexpr (most_channels > 1)
+        if (channels < most_channels) return find_sum<Real, most_channels - 1>(channels, vectors);
+    if constexpr (most > 1)
+        if (vectors < most) return find_sum<Real, most_channels, most - 1>(channels, vectors);
+    return sum<most_channels, most, Real>;
+}
+
+// Sum columns [start, end) of a row of pixels in `channels` channels, `group` at a time.
+template <typename Real>
+static void sum_row(Real *out, const Terms<Real> &terms, int64_t channels, int64_t group, int64_t start, int64_t end)
+{
+    constexpr int lanes = LANES<Real>;
+    const int64_t groups = divide_up(channels, group);
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t channel = channels * g / groups, size = channels * (g + 1) / groups - channel;
+        const int64_t vectors = most_vectors(size);
+        const Sum<Real> most = find_sum<Real>(size, vectors);
+        for (int64_t x = start; x < end;) {
+            // What remains in the end overlaps what is done, unless there are fewer columns than a register's.
+            const int64_t rest = x > start ? divide_up(end - x, lanes) : (end - x) / lanes;
+            const int64_t registers = std::clamp<int64_t>(rest, 1, vectors);
+            x = std::max(start, std::min(x, end - registers * lanes));
+            (registers == vectors ? most : find_sum<Real>(size, registers))(out, terms, channel, x);
+            x += registers * lanes;
+        }
+    }
+}
+
+// What one thread needs.
+template <typename Real> struct Worker {
+    const Propagation &task;
+    const PropagationPlan<Real> &plan;
+    const Real **rows, **weights; // of the terms of a sum
+    int64_t *columns;             // by how much the transpose shifts them
+    Real *copies;                 // of weights
+
+    Worker(const Propagation &task, const PropagationPlan<Real> &plan, Workspace &workspace) : task(task), plan(plan)
+    {
+        rows = workspace.take<const Real *>(plan.terms);
+        weights = workspace.take<const Real *>(plan.terms);
+        columns = workspace.take<int64_t>(plan.terms);
+        copies = workspace.take<Real>(plan.copied ? plan.terms * plan.weights_pitch : 0);
+    }
+
+    // Where the weights of row y and neighbour n start.
+    int64_t weights_of(int64_t image, int64_t y, int64_t n) const
+    {
+        return ((image * task.height + y) * task.neighbours.count + n) * task.width;
+    }
+
+    // Eq. 7 for a row of pixels.
+    void propagate_row(Real *to, const Real *from, const Table &table, int64_t image, int64_t y) const
+    {
+        const int64_t count = task.neighbours.count, width = task.width;
+        find_rows(rows, from, table, task.neighbours, y);
+        for (int64_t n = 0; n < count; n++) {
+            const int64_t first = weights_of(image, y, n);
+            weights[n] = (const Real *)task.weights + first;
+            if (plan.copied) {
+                read_weights(copies + n * plan.weights_pitch, task.weights, task.weights_type, first, width);
+                weights[n] = copies + n * plan.weights_pitch;
+            }
+        }
+        const Real *ahead = table.row(from, std::min(y + 1 + task.neighbours.reach, task.height - 1));
+        Real *out = table.row(to, y);
+        const Terms<Real> terms = {rows, weights, count, table.pitch, plan.copied ? 0 : count * width, ahead};
+        sum_row(out, terms, table.channels, task.group, 0, width);
+        for (int64_t c = 0; c < table.channels; c++) pad_sides(out + c * table.pitch, table, false);
+    }
+
+    // The transpose of eq. 7 sums what a pixel's readers pass back, the pixels that it is a neighbour of. Their weights are
+    // first shifted to the column that they pass to, with zeros for the columns that they do not.
+    void shift_weights(Real *shifted, int64_t image, int64_t y) const
+    {
+        for (int64_t n = 0; n < task.neighbours.count; n++) {
+            Real *row = shifted + (y * task.neighbours.count + n) * plan.weights_pitch;
+            Real *start = row + plan.sides + task.neighbours.dx[n];
+            std::fill(row, start, Real(0));
+            read_weights(start, task.weights, task.weights_type, weights_of(image, y, n), task.width);
+            std::fill(start + task.width, row + plan.weights_pitch, Real(0));
+        }
+    }
+
+    // Columns beyond the image are summed like all others, and then added to the border that they replicate.
+    void propagate_transposed_row(Real *to, const Real *from, const Real *shifted, const Table &table, int64_t y) const
+    {
+        constexpr int lanes = LANES<Real>;
+        const int64_t width = task.width, reach = task.neighbours.reach;
+        const int64_t count = find_readers(from, shifted, table, y);
+        const Real *ahead = table.row(from, std::min(y + 1 + reach, task.height - 1));
+        Real *out = table.row(to, y);
+        auto sum_columns = [&](int64_t first, int64_t last, int64_t start, int64_t end) {
+            const int64_t next = task.neighbours.count * plan.weights_pitch;
+            const Terms<Real> terms = {rows + first, weights + first, last - first, table.pitch, next, ahead};
+            sum_row(out, terms, table.channels, task.group, start, end);
+        };
+        sum_columns(0, count, 0, width);
+        int64_t first = 0, last = count; // of the readers that reach so far, which are in order
+        for (int64_t x = -lanes; x > -reach - lanes; x -= lanes) {
+            while (last > 0 && columns[last - 1] >= x + lanes) last--;
+            sum_columns(0, last, x, x + lanes);
+        }
+        for (int64_t x = std::max<int64_t>(width, lanes); x < width + reach; x += lanes) {
+            while (first < count && columns[first] <= x - width) first++;
+            sum_columns(first, count, x, x + lanes);
+        }
+        for (int64_t c = 0; c < table.channels; c++) {
+            Real *row = out + c * table.pitch;
+            for (int64_t x = 1; x <= reach; x++) {
+                row[0] += row[-x];
+                row[width - 1] += row[width - 1 + x];
+            }
+            pad_sides(row, table, true);
+        }
+    }
+
+    // List the readers of row y, those first that pass furthest to the left. Return how many rows of them there are.
+    int64_t find_readers(const Real *from, const Real *shifted, const Table &table, int64_t y) const
+    {
+        const int64_t bottom = task.height - 1;
+        int64_t count = 0;
+        for (int64_t i = 0; i < task.neighbours.count; i++) {
+            const int64_t n = task.neighbours.by_dx[i], dx = task.neighbours.dx[n], row = y - task.neighbours.dy[n];
+            // The rows at the top and at the bottom are also read in place of those beyond them.
+            const int64_t first = y == 0 ? 0 : std::max<int64_t>(row, 0);
+            const int64_t last = y == bottom ? bottom : std::min(row, bottom);
+            for (int64_t p = first; p <= last; p++, count++) {
+                rows[count] = table.row(from, p) - dx;
+                weights[count] = shifted + (p * task.neighbours.count + n) * plan.weights_pitch + plan.sides;
+                columns[count] = dx;
+            }
+        }
+        return count;
+    }
+};
+
+template <typename Real> PropagationPlan<Real>::PropagationPlan(const Propagation &task, void *memory)
+{
+    const Units units{task};
+    int64_t work = 0, total = 0, most = 1;
+    for (int64_t b = 0; b < task.batch; b++) {
+        const int64_t chunks = units.chunks_of(b, sizeof(Real)), channels = units.channels_of(b);
+        total += chunks;
+        work += channels * task.height * task.width * task.neighbours.count;
+        if (chunks) most = std::max(most, divide_up(channels, chunks));
+    }
+    const int64_t reach = task.neighbours.reach, count = task.neighbours.count;
+    threads = limit_threads(task.threads, work, PROPAGATE_GRAIN);
+    sides = task.transposed ? round_up(reach, LANES<Real>) : 0;
+    table = make_table<Real>(most, task.height, task.width, reach, std::max(reach, sides));
+    table_size = most * task.height * table.pitch;
+    weights_pitch = std::max<int64_t>(task.width, LANES<Real>) + 2 * sides;
+    shifted_size = task.transposed ? task.height * count * weights_pitch : 0;
+    copied = !task.transposed && (task.weights_type != Types<Real>::type || task.width < LANES<Real>);
+    terms = task.transposed ? most_readers(task) : count;
+    const int64_t fitting = SLOTS_BYTES / ((table_size + shifted_size) * sizeof(Real));
+    slots = std::clamp<int64_t>(std::min(fitting, total), 1, std::min(MAX_SLOTS, threads));
+    Workspace workspace = {(uintptr_t)memory};
+    for (auto &table : tables) table = workspace.take<Real>(slots * table_size);
+    shifted = workspace.take<Real>(slots * shifted_size);
+    shared_bytes = workspace.used;
+    Worker<Real>(task, *this, workspace);
+    worker_bytes = workspace.used - shared_bytes;
+}
+
+template <typename Real>
+static void write_row(const Propagation &task, const Real *row, const Table &table, const Unit &unit, int64_t y)
+{
+    const int64_t plane = task.height * task.width;
+    Real *out = (Real *)task.out + (unit.image * task.channels + unit.channel) * plane + y * task.width;
+    for (int64_t c = 0; c < unit.channels; c++) std::copy_n(row + c * table.pitch, task.width, out + c * plane);
+}
+
+// Call work(slot, y) for this thread's share of the rows of all units: equal shares of channels x rows.
+template <typename Work>
+static void share_rows(const Unit *units, int64_t count, int64_t height, int64_t thread, int64_t threads, const Work &work)
+{
+    int64_t total = 0, start = 0;
+    for (int64_t u = 0; u < count; u++) total += (units[u].channels + 1) * height; // 1 for the weights
+    const int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
+    for (int64_t u = 0; u < count; u++) {
+        const int64_t cost = units[u].channels + 1;
+        auto row_at = [&](int64_t position) {
+            return std::min(divide_up(std::max<int64_t>(position - start, 0), cost), height);
+        };
+        // A row belongs to the thread in whose share it starts.
+        for (int64_t y = row_at(begin); y < row_at(end); y++) work(u, y);
+        start += cost * height;
+    }
+}
+
+// What the threads do: the units, as many at once as there are slots; of those, every thread its share of the rows.
+template <typename Real>
+static void propagate_share(const Propagation &task, const PropagationPlan<Real> &plan, const Worker<Real> &worker,
+                            int64_t thread, int64_t threads)
+{
+    Units units{task};
+    Unit round[MAX_SLOTS];
+    while (const int64_t count = units.next(round, plan.slots, sizeof(Real))) {
+        auto each_row = [&](auto work) {
+            share_rows(round, count, task.height, thread, threads, [&](int64_t slot, int64_t y) {
+                Table table = plan.table;
+                table.channels = round[slot].channels;
+                work(round[slot], table, slot, y);
+            });
+            wait_for_all(threads);
+        };
+        each_row([&](const Unit &unit, const Table &table, int64_t slot, int64_t y) {
+            auto masks = (const Real *)task.masks + unit.image * task.strides[0] + unit.channel * task.strides[1];
+            read_row(table.row(plan.tables[0] + slot * plan.table_size, y), masks, task.strides, y, table, task.transposed);
+            if (task.transposed) worker.shift_weights(plan.shifted + slot * plan.shifted_size, unit.image, y);
+        });
+        for (int64_t t = 0; t < task.iterations; t++)
+            each_row([&](const Unit &unit, const Table &table, int64_t slot, int64_t y) {
+                const Real *from = plan.tables[t % 2] + slot * plan.table_size;
+                Real *to = plan.tables[(t + 1) % 2] + slot * plan.table_size;
+                if (task.transposed)
+                    worker.propagate_transposed_row(to, from, plan.shifted + slot * plan.shifted_size, table, y);
+                else
+                    worker.propagate_row(to, from, table, unit.image, y);
+                if (t == task.iterations - 1) write_row(task, table.row(to, y), table, unit, y);
+            });
+    }
+}
+
+template <typename Real> static void propagate(const Propagation &task, void *memory)
+{
+    const PropagationPlan<Real> plan(task, memory);
+    in_parallel(plan.threads, [&](int64_t thread, int64_t threads) {
+        Workspace own = {(uintptr_t)memory, plan.shared_bytes + thread * plan.worker_bytes};
+        propagate_share(task, plan, Worker<Real>(task, plan, own), thread, threads);
+    });
+}
+
+extern "C" {
+// The sizes of the structs, so that library.py can compare them with its own.
+extern const int64_t struct_sizes[] = {sizeof(Affinity), sizeof(Propagation)};
+
+int64_t affinity_float_workspace(const Affinity *task) { return AffinityPlan<float>(*task, nullptr).bytes(); }
+int64_t affinity_double_workspace(const Affinity *task) { return AffinityPlan<double>(*task, nullptr).bytes(); }
+void affinity_float(const Affinity *task, void *workspace) { affinity<float>(*task, workspace); }
+void affinity_double(const Affinity *task, void *workspace) { affinity<double>(*task, workspace); }
+
+int64_t propagate_float_workspace(const Propagation *task) { return PropagationPlan<float>(*task, nullptr).bytes(); }
+int64_t propagate_double_workspace(const Propagation *task) { return PropagationPlan<double>(*task, nullptr).bytes(); }
+void propagate_float(const Propagation *task, void *workspace) { propagate<float>(*task, workspace); }
+void propagate_double(const Propagation *task, void *workspace) { propagate<double>(*task, workspace); }
+}

@@ -48,7 +48,8 @@ class Lattices:
         """Return the weighted sums of values [B, C, H, W], float32 or float64, or apply the transpose."""
         values = values.contiguous()
         out = torch.empty_like(values)
-        compute = getattr(self.library, f"lattices_filter_{library.REALS[values.dtype]}")
+        is_double = values.dtype == torch.float64
+        compute = self.library.lattices_filter_double if is_double else self.library.lattices_filter_float
         sizes = (*values.shape[:2], transposed, torch.get_num_threads())
         check_status(compute(self.pointer, values.data_ptr(), out.data_ptr(), *sizes), values, values.shape[2:])
         return out

@@ -1,73 +1,153 @@
-"""kernels.cpp, compiled by the machine's own compiler when it is first needed, and kept for the next process."""
+"""kernels.cpp as a loaded library: the compiled one of the wheel, else one made by the machine's own compiler.
+
+The second kind is made when it is first needed, and kept in a cache folder for the next process.
+"""
 
 import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "lattice.cpp"))
-OPTIONS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp")
-# What kernels.cpp computes in, and how its functions are called for it.
-REALS = {torch.float32: "float", torch.float64: "double"}
-# Of processors that PyTorch found to have them, so that a kept library never meets one that has not.
-INSTRUCTIONS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f")}
-
-
-class Map(ctypes.Structure):
-    """The sizes of a map, as kernels.cpp stores it."""
-
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("channels", "height", "width", "reach", "pitch"))
+OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC")
+# What is tried in this order: the file's name, and the options that it needs.
+BUILDS = {"kernels.so": ("-shared", "-fopenmp"), "kernels-serial.so": ("-shared",)}
+# Options per set of instructions, by PyTorch's name for what the processor has. Any other name means the baseline.
+INSTRUCTIONS = {"DEFAULT": (), "AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx2", "-mfma", "-mavx512f")}
 
 
 class Neighbours(ctypes.Structure):
-    """The offsets of a pixel's neighbours."""
+    """Where the neighbours of a pixel are."""
 
-    _fields_ = (("count", ctypes.c_int64), *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("dy", "dx")))
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("reach", ctypes.c_int64),
+        ("dy", ctypes.POINTER(ctypes.c_int64)),
+        ("dx", ctypes.POINTER(ctypes.c_int64)),
+        ("by_dx", ctypes.POINTER(ctypes.c_int64)),
+    )
 
 
 class Variant(ctypes.Structure):
     """The numbers of a variant of the affinity."""
 
     _fields_ = (
-        *((name, ctypes.c_double) for name in ("guard", "weight", "samples")),
-        *((name, ctypes.c_int64) for name in ("sigma_power", "power")),
+        ("guard", ctypes.c_double),
+        ("weight", ctypes.c_double),
+        ("samples", ctypes.c_double),
+        ("sigma_power", ctypes.c_int64),
+        ("power", ctypes.c_int64),
         ("position", ctypes.POINTER(ctypes.c_double)),
     )
 
 
-@functools.cache
+class Affinity(ctypes.Structure):
+    """The arguments of `affinity_*`."""
+
+    _fields_ = (
+        ("image", ctypes.c_void_p),
+        ("strides", ctypes.c_int64 * 4),
+        ("batch", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("neighbours", Neighbours),
+        ("variant", Variant),
+        ("threads", ctypes.c_int64),
+    )
+
+
+class Propagation(ctypes.Structure):
+    """The arguments of `propagate_*`."""
+
+    _fields_ = (
+        ("masks", ctypes.c_void_p),
+        ("strides", ctypes.c_int64 * 4),
+        ("batch", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("weights_type", ctypes.c_int64),
+        ("neighbours", Neighbours),
+        ("iterations", ctypes.c_int64),
+        ("transposed", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("chunk_bytes", ctypes.c_int64),
+    )
+
+
+# Its functions, and what each takes beside a workspace. Their workspace's bytes are counted by `{name}_workspace`.
+FUNCTIONS = {
+    "affinity_float": Affinity,
+    "affinity_double": Affinity,
+    "propagate_float": Propagation,
+    "propagate_double": Propagation,
+}
+
+
 def load() -> ctypes.CDLL | None:
-    """Return the compiled library, or None where it cannot be had: elsewhere than on Linux, or without a compiler."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if not (sys.platform == "linux" and compiler and shutil.which(compiler[0])):
-        return None
-    command = [*compiler, *OPTIONS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    """Return the library, or None if there is none; `problem` says why."""
+    return _find()[0]
+
+
+def problem() -> str | None:
+    """Return why there is no library, or None if there is one."""
+    return _find()[1]
+
+
+def shipped(instructions: str) -> Path:
+    """Return where a wheel has the library for a set of instructions."""
+    return SOURCES[0].with_name(f"kernels-{instructions.lower()}.so")
+
+
+@functools.cache
+def _find() -> tuple[ctypes.CDLL | None, str | None]:
+    """Return the library, or the reason why there is none."""
+    if sys.platform != "linux":
+        return None, "runs on Linux only"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    instructions = instructions if instructions in INSTRUCTIONS else "DEFAULT"
     try:
-        library = _load_or_compile(command)
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip()
-        warnings.warn(
-            f"PAMR and PAR fall back to slower PyTorch on CPUs: {shlex.join(command)}: {reason}", stacklevel=2
-        )
-        return None
-    for real in REALS.values():
-        affinity, propagate = getattr(library, f"affinity_{real}"), getattr(library, f"propagate_{real}")
-        size, neighbours = ctypes.POINTER(Map), ctypes.POINTER(Neighbours)
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        affinity.argtypes = (pointer, pointer, size, neighbours, ctypes.POINTER(Variant), number)
-        propagate.argtypes = (pointer, pointer, pointer, size, neighbours, number, number)
-        affinity.restype = propagate.restype = None
+        return _open(shipped(instructions)), None
+    except OSError:
+        pass  # a source checkout, or the wheel for all other machines
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        if not compiler or shutil.which(compiler[0]) is None:
+            return None, "needs a C++ compiler: c++, or the one that the environment variable CXX names"
+        return _load_or_compile([*compiler, *OPTIONS, *INSTRUCTIONS[instructions]]), None
+    except (OSError, ValueError) as error:  # ValueError: a quote in CXX that is not closed
+        return None, f"cannot be compiled: {error}"
+
+
+def _open(file: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(file))
+    _check_structs(library)
+    for name, struct in FUNCTIONS.items():
+        function, workspace = getattr(library, name), getattr(library, f"{name}_workspace")
+        function.argtypes, function.restype = (ctypes.POINTER(struct), ctypes.c_void_p), None
+        workspace.argtypes, workspace.restype = (ctypes.POINTER(struct),), ctypes.c_int64
     _declare_lattice(library)
+    if file.name.endswith("-serial.so"):
+        warnings.warn(
+            f"PAMR and PAR run on one thread: the compiler has no OpenMP; when it has, remove {file}", stacklevel=2
+        )
     return library
 
 
@@ -79,30 +159,93 @@ def _declare_lattice(library: ctypes.CDLL) -> None:
     library.lattices_free.restype = None
     library.lattices_vertices.argtypes = (pointer,)
     library.lattices_vertices.restype = number
-    for name in REALS.values():
-        getattr(library, f"lattices_filter_{name}").argtypes = (pointer, pointer, pointer, *4 * (number,))
+    for function in (library.lattices_filter_float, library.lattices_filter_double):
+        function.argtypes = (pointer, pointer, pointer, *4 * (number,))
     library.lattices_mean_field.argtypes = (pointer, pointer, number, pointer, pointer, *4 * (number,))
 
 
+def _check_structs(library: ctypes.CDLL) -> None:
+    """Refuse a library whose structs are not those above: it was made from another version of kernels.cpp."""
+    structs = (Affinity, Propagation)
+    expected = [ctypes.sizeof(struct) for struct in structs]
+    actual = list((ctypes.c_int64 * len(structs)).in_dll(library, "struct_sizes"))
+    if actual != expected:
+        raise OSError(f"the compiled library is of another version: its structs have {actual} bytes, not {expected}")
+
+
 def _load_or_compile(command: list[str]) -> ctypes.CDLL:
-    contents = b"".join(source.read_bytes() for source in SOURCES)
-    key = hashlib.sha256(" ".join(command).encode() + contents).hexdigest()[:16]
-    kept = _cache() / f"kernels-{key}.so"
-    with suppress(OSError):
-        return ctypes.CDLL(str(kept))
-    with tempfile.TemporaryDirectory() as folder:
-        compiled = Path(folder, kept.name)
-        subprocess.run([*command, *map(str, SOURCES), "-o", str(compiled)], check=True, capture_output=True, text=True)
-        library = ctypes.CDLL(str(compiled))
-        with suppress(OSError):  # where nothing can be kept, the next process compiles again
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=kept.parent) as beside:  # from where it appears at once and whole
-                shutil.copyfile(compiled, Path(beside, kept.name)).replace(kept)
-    return library
-
-
-def _cache() -> Path:
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "wsseg_layers"
-    except RuntimeError:  # a user without a home, as in some containers, keeps nothing: below a file is no folder
-        return Path(os.devnull) / "wsseg_layers"
+        return _load_from_cache(command, _cache_folder())
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            library = _open(_compile(command, Path(folder)))
+        warnings.warn(f"every process compiles the C++ of PAMR and PAR again: {error}", stacklevel=2)
+        return library
+
+
+def _load_from_cache(command: list[str], cache: Path) -> ctypes.CDLL:
+    """Return the library that an earlier process kept, or compile it and keep it.
+
+    Home directories are shared by machines, so files are named after everything that a library depends on.
+    """
+    _, version, _ = _run([*command, "--version"])
+    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    depends_on = [*command, version, platform.machine(), *platform.libc_ver(), *sources]
+    key = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
+    for name in BUILDS:
+        kept = cache / f"{key}-{name}"
+        if kept.exists():
+            try:
+                return _open(kept)
+            except (OSError, AttributeError):
+                kept.unlink()  # not a library, or not the whole
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        compiled = _compile(command, Path(folder))
+        kept = cache / f"{key}-{compiled.name}"
+        try:
+            # The first of several processes wins: on a network's file system, a file in use must not be replaced.
+            kept.hardlink_to(compiled)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            compiled.replace(kept)
+    return _open(kept)
+
+
+def _compile(command: list[str], folder: Path) -> Path:
+    """Compile the sources into a folder, without OpenMP if the compiler has none, and return the file."""
+    errors = []
+    for name, options in BUILDS.items():
+        arguments = [*command, *options, *map(str, SOURCES), "-o", str(folder / name)]
+        status, _, messages = _run(arguments)
+        if status == 0:
+            return folder / name
+        errors.append(f"{shlex.join(arguments)}: {messages}")
+    raise OSError(errors[0])
+
+
+def _run(command: list[str]) -> tuple[int, str, str]:
+    """Return the exit status of a command, and what it prints."""
+    finished = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
+    return finished.returncode, finished.stdout.strip(), finished.stderr.strip()
+
+
+def _cache_folder() -> Path:
+    """Return the cache folder, made if necessary.
+
+    Raises:
+        OSError: other users could have put a library there.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (base if base.is_absolute() else Path("~/.cache").expanduser()) / "wsseg_layers"
+    if not folder.is_absolute():
+        raise OSError(f"the path of the cache folder is not absolute: {folder}")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid():
+        raise OSError(f"the cache folder {folder} belongs to another user")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(f"other users can write to the cache folder {folder}; after a look at it: chmod go-w {folder}")
+    return folder

@@ -1,11 +1,13 @@
 """Triton kernels, on NVIDIA and AMD GPUs. Triton is imported at the first call, not with the library."""
 
+import functools
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...gaussians import Gaussian
 from ...variants import Variant
@@ -30,8 +32,31 @@ def unavailable(device: torch.device) -> str | None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:  # "cuda" is also what PyTorch calls ROCm devices
         return "runs on CUDA and ROCm devices only"
+    try:
+        return _probe(device)
+    except _CapturingError:
+        return None
+
+
+class _CapturingError(Exception):
+    """No kernel can be tried while the work of the device is captured in a CUDA graph."""
+
+
+@functools.cache  # an exception is not kept: the device is probed after the capture
+def _probe(device: torch.device) -> str | None:
+    """Return why a small kernel does not compile and run on a device, or None if it does."""
     if find_spec("triton") is None:
         return "needs the package triton, which is not installed"
+    if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise _CapturingError
+    try:
+        from . import launch
+
+        with _disable_current_modes():  # PyTorch also asks while it traces with fake tensors
+            launch.probe(device)
+    except Exception as error:  # no C compiler, no assembler, a driver that is too old, ...
+        first_line = str(error).strip().partition("\n")[0]
+        return f"cannot compile and run a kernel: {type(error).__name__}: {first_line}"
     return None
 
 
@@ -48,18 +73,22 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Ten
     affinities.affinity(image, dilations, variant, out)
 
 
-def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
+def propagate(
+    mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, counts: Tensor | None = None
+) -> Tensor:
     """Return the masks [B, C, H, W] after `num_iter` iterations of eq. 7, contiguous, in their own dtype."""
     from . import propagation
 
-    return propagation.propagate(mask, affinity, dilations, num_iter)
+    return propagation.propagate(mask, affinity, dilations, num_iter, counts)
 
 
-def propagate_transposed(grad: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
-    """Return the transpose of `propagate`, applied to `grad` [B, C, H, W]."""
+def propagate_transposed(
+    grad: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, counts: Tensor | None = None
+) -> Tensor:
+    """Return the transpose of `propagate`, applied to `grad` [B, C, H, W]: the gradient of the masks."""
     from . import propagation
 
-    return propagation.propagate_transposed(grad, affinity, dilations, num_iter)
+    return propagation.propagate_transposed(grad, affinity, dilations, num_iter, counts)
 
 
 def make_filter(image: Tensor | None, like: Tensor, gaussian: Gaussian, normalise: bool) -> Filter:

@@ -13,9 +13,9 @@ LOG2_E = 1.4426950408889634
 
 @triton.jit
 def gaussian_sum_kernel(
-    values,
-    image,
-    out,
+    values_ptr,
+    image_ptr,
+    out_ptr,
     channels,
     height,
     width,
@@ -38,8 +38,8 @@ def gaussian_sum_kernel(
     is_channel = channel < channels
     pixel = (block % pixel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
     is_pixel = pixel < pixels
-    image += batch * 3 * pixels
-    values += (batch * channels + channel).to(tl.int64)[None, :] * pixels
+    image = image_ptr + batch * 3 * pixels
+    values = values_ptr + (batch * channels + channel).to(tl.int64)[None, :] * pixels
 
     x = (pixel % width).to(tl.float32) * scale_xy
     y = (pixel // width).to(tl.float32) * scale_xy
@@ -59,7 +59,7 @@ def gaussian_sum_kernel(
         weight = tl.exp2(-distance)
         value = tl.load(values + other[:, None], mask=is_other[:, None] & is_channel[None, :], other=0.0)
         total += tl.dot(weight, value, input_precision="ieee")
-    target = out + (batch * channels + channel).to(tl.int64)[None, :] * pixels + pixel[:, None]
+    target = out_ptr + (batch * channels + channel).to(tl.int64)[None, :] * pixels + pixel[:, None]
     tl.store(target, total, mask=is_pixel[:, None] & is_channel[None, :])
 
 

@@ -25,7 +25,9 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Ten
     eager.affinity(image, dilations, variant, out)
 
 
-def propagate(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
+def propagate(
+    mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, counts: Tensor | None = None
+) -> Tensor:
     """Return the masks after `num_iter` iterations."""
     calls.append("propagate")
-    return eager.propagate(mask, affinity, dilations, num_iter)
+    return eager.propagate(mask, affinity, dilations, num_iter, counts)

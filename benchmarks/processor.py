@@ -1,0 +1,86 @@
+"""What is known of the processor: its name, its clock, and the least time that its load ports need for PAMR."""
+
+import ctypes
+import functools
+import math
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+LOADS_PER_CYCLE = 2
+REGISTER_BYTES = {"AVX512": 64, "AVX2": 32}  # of the instructions that the C++ is compiled for; otherwise 16
+
+# Each step of the chain waits for the one before: 3 cycles for a multiplication on x86, 1 for an addition on ARM.
+CHAINS = {"x86_64": ("imul %0, %0", 3), "aarch64": ("add %0, %0, %0", 1)}
+STEPS = 16  # in one turn of the loop, so that the loop itself hides behind the chain
+
+
+def register_bytes() -> int:
+    """Return the bytes that one vector load reads."""
+    return REGISTER_BYTES.get(torch.backends.cpu.get_cpu_capability(), 16)
+
+
+@functools.cache
+def clock() -> float | None:
+    """Return the cycles per second with all threads busy; None where it cannot be measured.
+
+    Systems report a nominal clock, and virtual machines another one than the processor runs at. A chain of dependent
+    instructions takes a known number of cycles.
+    """
+    compiler = shutil.which("c++")
+    if platform.machine() not in CHAINS or compiler is None:
+        return None
+    instruction, cycles = CHAINS[platform.machine()]
+    body = f'__asm__ volatile("{instruction}" : "+r"(x));' * STEPS
+    source = (
+        f'extern "C" long chain(long turns) {{ long x = 3; for (long i = 0; i < turns; i++) {{ {body} }} return x; }}'
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "chain.so")
+        command = [compiler, "-O2", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+        subprocess.run(command, input=source, text=True, check=True, capture_output=True)
+        chain = ctypes.CDLL(str(library)).chain
+    chain.argtypes, chain.restype = (ctypes.c_long,), ctypes.c_long
+    turns = 200_000
+
+    def frequency(_: int) -> float:
+        started = time.perf_counter()
+        chain(turns)
+        return turns * STEPS * cycles / (time.perf_counter() - started)
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        return max(pool.map(frequency, range(20 * threads)))  # other processes only make it look slower
+
+
+def load_bound(shape: Sequence[int], neighbours: int, num_iter: int) -> float | None:
+    """Return the seconds that the load ports need at least to propagate masks [B, C, H, W].
+
+    In each iteration each pixel reads each neighbour of each channel, and each weight once for all channels:
+    neighbours x (C + 1) values, one register of neighbouring pixels per load.
+    """
+    cycles_per_second = clock()
+    if cycles_per_second is None:
+        return None
+    batch, channels, height, width = shape
+    registers = batch * height * math.ceil(width * 4 / register_bytes())
+    loads = registers * neighbours * (channels + 1) * num_iter
+    return loads / LOADS_PER_CYCLE / cycles_per_second / torch.get_num_threads()
+
+
+def cpu_model() -> str:
+    """Return the processor's name, and its family and model where Linux tells them."""
+    path = Path("/proc/cpuinfo")
+    lines: Sequence[str] = path.read_text().splitlines() if path.is_file() else ()
+    entries = dict(line.split(":", 1) for line in lines if ":" in line)
+    known = {name.strip(): value.strip() for name, value in entries.items()}
+    if "model name" not in known:
+        return platform.processor() or platform.machine()
+    return f"{known['model name']} (family {known.get('cpu family', '?')}, model {known.get('model', '?')})"

@@ -1,0 +1,38 @@
+"""The tables: both allocators, ratios to ours, and the fraction of the bound."""
+
+import pytest
+
+from benchmarks import processor
+from benchmarks.measure import Bench, Row
+from benchmarks.report import markdown
+
+OURS = Row("PAMR", "1x2x8x8", "ours", (0.002, 0.001, 0.003), 4.0, {}, bound=0.0005, kept=(0.001, 0.002, 0.004))
+PEER = Row("PAMR", "1x2x8x8", "published", (0.2, 0.1, 0.3), 40.0, {}, kept=(0.05, 0.04, 0.06))
+
+
+def table(*rows: Row) -> list[str]:
+    """Return the lines of the table of a report."""
+    return [line for line in markdown(Bench("full", rows=list(rows)), 1e9).splitlines() if line.startswith("|")]
+
+
+def test_both_allocators() -> None:
+    header, _, ours, peer = table(OURS, PEER)
+    assert header == "| size |  | memory kept: ms | ratio | default: ms | ratio | of the bound | peak MiB |"
+    assert ours == "| 1x2x8x8 | ours | 2 (1 to 4) | 1 | 2 (1 to 3) | 1 | 25 % | 4 |"
+    assert peer == "| 1x2x8x8 | published | 50 (40 to 60) | 25 | 200 (100 to 300) | 100 |  | 40 |"
+
+
+def test_one_allocator() -> None:
+    header, _, ours = table(Row("nGWP", "1x2", "ours", (0.002,), None, {}))
+    assert header == "| size |  | ms | ratio | peak MiB |"
+    assert ours == "| 1x2 | ours | 2 (2 to 2) | 1 |  |"
+
+
+def test_load_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "clock", lambda: 2e9)
+    monkeypatch.setattr(processor, "register_bytes", lambda: 32)
+    monkeypatch.setattr(processor.torch, "get_num_threads", lambda: 2)
+    # 3 rows of 2 registers, 8 neighbours, 1 channel and the weights, 10 iterations; 2 loads per cycle, 2 threads
+    assert processor.load_bound((1, 1, 3, 9), 8, 10) == pytest.approx(3 * 2 * 8 * 2 * 10 / 2 / 2e9 / 2)
+    monkeypatch.setattr(processor, "clock", lambda: None)
+    assert processor.load_bound((1, 1, 3, 9), 8, 10) is None

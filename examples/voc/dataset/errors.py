@@ -1,0 +1,5 @@
+"""The error of everything that reads a data set."""
+
+
+class DataError(ValueError):
+    """A file of the data set is missing or wrong; the message of one line names the file."""

@@ -1,0 +1,1 @@
+"""Evaluation: masks against the ground truth, and the tables of the results."""

@@ -1,0 +1,122 @@
+"""A network's masks on a test set, and its pseudo labels on training images: IoU per class, and pictures."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import CatMetric
+from tqdm import tqdm
+
+from ..backbones import normalise
+from ..dataset.images import IGNORE
+from ..dataset.splits import VOCDataset
+from ..inference.masks import multi_scale_masks, segment
+from ..model import CAMNet, Network
+from ..self_supervision import labels_from_masks
+from ..settings import Settings
+from ..train.distribution import Group
+from .metrics import IoUMeter, average_precision, class_metrics
+
+CAM_BACKGROUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # the first is the authors'
+
+
+class Evaluation(NamedTuple):
+    """Results on a test set in percent: IoU per class [C + 1] of every column, and average precision per class [C]."""
+
+    iou: dict[str, Tensor]
+    average_precision: Tensor
+
+
+class PseudoLabelQuality(NamedTuple):
+    """IoU per class [C + 1] over the pixels with a pseudo label, and the share of these pixels, both in percent."""
+
+    iou: Tensor
+    coverage: float
+    num_images: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: Network,
+    dataset: VOCDataset,
+    settings: Settings,
+    device: torch.device,
+    group: Group,
+    scales: Sequence[float] | None = None,
+    flip: bool = True,
+) -> Evaluation:
+    """Evaluate the single-stage model, or CAM-GAP for several background scores.
+
+    Each process evaluates its share of the images; the result is that of all images.
+    """
+    model.eval()
+    is_cam = isinstance(model, CAMNet)
+    names = [f"CAM-GAP (background {score})" for score in CAM_BACKGROUNDS] if is_cam else ["ours"]
+    meters = {name: IoUMeter(1 + len(dataset.split.classes)) for name in names}
+    for meter in meters.values():
+        meter.confusion.to(device)
+    scores = CatMetric(nan_strategy="ignore").to(device)  # rows of probabilities and labels [2 C]
+    indices = range(group.rank, len(dataset), group.size)
+    for index in tqdm(indices, "evaluating", leave=False, disable=group.rank > 0):
+        sample = dataset[index]
+        masks, probabilities = multi_scale_masks(model, sample.image.to(device), scales or settings.scales, flip)
+        backgrounds = masks.new_tensor(CAM_BACKGROUNDS) if is_cam else [masks[0] ** settings.background_power]
+        for meter, background in zip(meters.values(), backgrounds, strict=True):
+            masks[0] = background
+            meter.update(segment(masks, probabilities, settings.min_probability), sample.mask.to(device))
+        scores.update(torch.cat([probabilities, sample.labels.to(device)])[None])
+    gathered, labels = scores.compute().cpu().chunk(2, dim=1)
+    return Evaluation({name: meter.iou().cpu() for name, meter in meters.items()}, average_precision(gathered, labels))
+
+
+@torch.no_grad()
+def evaluate_pseudo_labels(
+    model: Network, dataset: VOCDataset, settings: Settings, device: torch.device, group: Group
+) -> PseudoLabelQuality:
+    """Compare the pseudo labels of whole training images with their masks. Void pixels do not count."""
+    model.eval()
+    none = 1 + len(dataset.split.classes)  # index of "no pseudo label" among the predictions
+    meter = IoUMeter(1 + none)
+    meter.confusion.to(device)
+    for index in range(group.rank, len(dataset), group.size):
+        sample = dataset[index]
+        image, labels = sample.image[None].to(device), sample.labels[None].to(device)
+        masks = model(normalise(image, model.backbone)).masks
+        target = enlarge(labels_from_masks(image, masks, labels, settings), sample.mask.shape)
+        meter.update(target.masked_fill(target == IGNORE, none), sample.mask.to(device))
+    confusion = meter.confusion.compute().double().cpu()
+    labelled = confusion[:none, :none]
+    coverage = 100 * (labelled.sum() / confusion.sum()).item()
+    return PseudoLabelQuality(class_metrics(labelled).iou, coverage, len(dataset))
+
+
+class Pictures(NamedTuple):
+    """Images, and for every title one mask per image."""
+
+    images: list[Tensor]
+    masks: dict[str, list[Tensor]]
+
+
+@torch.no_grad()
+def draw(model: Network, dataset: VOCDataset, settings: Settings, device: torch.device, count: int = 6) -> Pictures:
+    """Return the first images, each with its mask, the pseudo label made from the mask, and the ground truth."""
+    model.eval()
+    samples = [dataset[index] for index in range(min(count, len(dataset)))]
+    masks: dict[str, list[Tensor]] = {"mask": [], "pseudo label": [], "ground truth": []}
+    for sample in samples:
+        image = sample.image.to(device)
+        averaged, probabilities = multi_scale_masks(model, image, settings.scales)
+        coarse = model(normalise(image[None], model.backbone)).masks
+        target = labels_from_masks(image[None], coarse, sample.labels[None].to(device), settings)
+        averaged[0] = CAM_BACKGROUNDS[0] if isinstance(model, CAMNet) else averaged[0] ** settings.background_power
+        masks["mask"].append(segment(averaged, probabilities, settings.min_probability).cpu())
+        masks["pseudo label"].append(enlarge(target, sample.mask.shape).cpu())
+        masks["ground truth"].append(sample.mask)
+    return Pictures([sample.image for sample in samples], masks)
+
+
+def enlarge(mask: Tensor, size: torch.Size) -> Tensor:
+    """Resize class indices [1, h, w] to [H, W]; each pixel takes the index of its nearest neighbour."""
+    return F.interpolate(mask[:, None].float(), size=tuple(size), mode="nearest")[0, 0].to(mask.dtype)

@@ -1,0 +1,43 @@
+"""Files and folders that appear whole or not at all."""
+
+import csv
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file or folder beside `path`, then rename it to `path`.
+
+    A reader never sees a part of it at `path`. If `write` fails, what was at `path` before stays there.
+
+    Raises:
+        OSError: the disk is full, a folder is missing, or `path` is a folder that is not empty.
+    """
+    partial = path.with_name(f".partial_{os.getpid()}{path.suffix}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a text file in UTF-8."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_csv_whole(path: Path, lines: Iterable[Sequence[str]]) -> None:
+    """Write the lines of a CSV file. Names of files need not be valid text: such bytes are written as they are."""
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file).writerows(lines)
+
+    write_whole(path, write)

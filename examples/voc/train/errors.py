@@ -1,0 +1,9 @@
+"""The reasons for which a training ends early."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why."""
+
+
+class Interrupted(Exception):  # noqa: N818  # not an error
+    """Ctrl-C or SIGTERM ended the training, and its state is saved."""

@@ -1,0 +1,123 @@
+"""The state of a training that is saved and resumed: network, optimizer, and progress."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ..checkpoints import CheckpointError, read_checkpoint, save_checkpoint
+from ..model import build_model
+from ..settings import Settings
+from .distribution import Group, share_batch_statistics
+from .optimizer import build_optimizer, freeze
+from .seeds import seed_everything
+
+LOSSES = ("loss", "classification", "segmentation")
+HELD_OUT_LOSS = "held-out loss"
+
+
+class TrainingState:
+    """A network in training: `step` steps of `epoch` are done, and `sums` are the sums of their losses."""
+
+    def __init__(self, settings: Settings, classes: Sequence[str], accelerator: Accelerator) -> None:
+        """Start from ImageNet weights, or go on from the run that `settings.resume` names."""
+        seed_everything(settings.seed)
+        self.settings = settings
+        self.classes = tuple(classes)
+        self.accelerator = accelerator
+        self.group = Group(accelerator.process_index, accelerator.num_processes)
+        self.network = build_model(settings, len(classes))
+        self.network.to(accelerator.device)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
+        freeze(self.network)
+        if self.group.size > 1:
+            share_batch_statistics(self.network)
+        self.optimizer = build_optimizer(self.network, settings.lr, settings.weight_decay)
+        self.epoch, self.step = 1, 0
+        self.sums = [0.0] * len(LOSSES)
+        self.history: list[dict[str, float]] = []
+        checkpoint = checkpoint_to_resume(settings)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    @property
+    def name(self) -> str:
+        """Return the name of the method."""
+        return "CAM-GAP" if self.settings.model == "cam" else "ours"
+
+    def end_epoch(self, figures: Mapping[str, float]) -> None:
+        """Record the mean losses and other figures of the epoch, save, and move on to the next epoch.
+
+        The epoch with the lowest `HELD_OUT_LOSS`, if that is among the figures, is saved as `_best`.
+        """
+        means = [total / self.step for total in self.sums]
+        self.history.append({**dict(zip(LOSSES, means, strict=True)), **figures})
+        done = self.epoch
+        self.epoch, self.step, self.sums = done + 1, 0, [0.0] * len(LOSSES)
+        self.save()
+        if self.settings.keep_checkpoints:
+            self.save(f"_{done:03d}")
+        if HELD_OUT_LOSS in figures and done == self.best_epoch:
+            self.save("_best")
+
+    @property
+    def best_epoch(self) -> int | None:
+        """Return the epoch with the lowest held-out loss, or None if no epoch has one."""
+        losses = {epoch: figures.get(HELD_OUT_LOSS, math.inf) for epoch, figures in enumerate(self.history, start=1)}
+        best = min(losses, key=lambda epoch: losses[epoch], default=None)
+        return None if best is None or losses[best] == math.inf else best
+
+    def load_best(self) -> None:
+        """Load the weights of the best epoch into the network, if there is one."""
+        if self.best_epoch is not None:
+            self.accelerator.wait_for_everyone()
+            path = self.settings.output / f"{self.settings.model}_best.pt"
+            self.network.load_state_dict(read_checkpoint(path)["model"])
+
+    def save(self, suffix: str = "") -> None:
+        """Write a checkpoint into the output folder."""
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        progress = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "sums": self.sums,
+            "history": self.history,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        path = self.settings.output / f"{self.settings.model}{suffix}.pt"
+        save_checkpoint(path, self.network, self.settings, self.classes, progress)
+
+    def _restore(self, path: Path) -> None:
+        checkpoint = read_checkpoint(path)
+        progress = checkpoint["progress"]
+        try:
+            self.network.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(progress["optimizer"])
+            self.epoch, self.step = progress["epoch"], progress["step"]
+            self.sums, self.history = progress["sums"], progress["history"]
+            if self.accelerator.scaler is not None and progress["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(progress["scaler"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"--resume: {path} does not fit: {str(error).splitlines()[0]}") from error
+
+
+def checkpoint_to_resume(settings: Settings) -> Path | None:
+    """Return the checkpoint from which this network goes on, or None. It has been read once, to see that it is whole.
+
+    It is the file that `resume` names, if that is of this network, else the network's last one in the same folder.
+    """
+    resume = settings.resume
+    if resume is None:
+        return None
+    if resume.is_file() and read_checkpoint(resume)["settings"]["model"] == settings.model:
+        return resume
+    last = (resume.parent if resume.is_file() else resume) / f"{settings.model}.pt"
+    if not last.is_file():
+        return None
+    read_checkpoint(last)
+    return last

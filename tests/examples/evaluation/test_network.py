@@ -1,0 +1,108 @@
+"""The quality of pseudo labels, counted by hand; and the pseudo labels of the settings."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from voc.dataset.images import IGNORE, save_mask
+from voc.dataset.layout import read_classes, read_split
+from voc.dataset.splits import VOCDataset, first_with_masks, load_split
+from voc.evaluation.network import evaluate_pseudo_labels
+from voc.model import Output
+from voc.pseudo_labels import pseudo_labels
+from voc.self_supervision import labels_from_masks
+from voc.settings import PAPER
+from voc.train.distribution import ALONE, Group
+
+from wsseg_layers import PAMR
+
+
+class Halves(nn.Module):
+    """A network that is sure of the background in the left half, of class 2 on the right, and unsure in a stripe."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.mean, self.backbone.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # type: ignore[assignment]
+
+    def forward(self, image: Tensor) -> Output:
+        masks = torch.full((1, 6, *image.shape[-2:]), 0.02)
+        half = image.shape[-1] // 2
+        masks[:, 0, :, : half - 4] = 0.9
+        masks[:, 2, :, half:] = 0.9
+        return Output(masks[:, 1:].amax(dim=(2, 3)), masks, masks)
+
+
+@pytest.fixture
+def dataset(toy_root: Path) -> VOCDataset:
+    classes = read_classes(toy_root)
+    split = load_split(toy_root, read_split(toy_root, "train"), classes)
+    with_flag = [index for index, labels in enumerate(split.labels) if 1 in labels][:2]
+    return VOCDataset(
+        replace(
+            split,
+            names=tuple(split.names[index] for index in with_flag),
+            images=tuple(split.images[index] for index in with_flag),
+            labels=tuple(frozenset({1}) for _ in with_flag),
+            masks=tuple(toy_root / f"SegmentationClass/{split.names[index]}.png" for index in with_flag),
+        )
+    )
+
+
+def test_quality_of_pseudo_labels(dataset: VOCDataset) -> None:
+    settings = replace(PAPER, pamr_iterations=0)
+    quality = evaluate_pseudo_labels(Halves(), dataset, settings, torch.device("cpu"), ALONE)  # type: ignore[arg-type]
+    pairs = []
+    for sample in (dataset[index] for index in range(len(dataset))):
+        half = sample.mask.shape[1] // 2
+        for column in range(sample.mask.shape[1]):
+            label = 0 if column < half - 4 else None if column < half else 2
+            pairs += [(label, true) for true in sample.mask[:, column].tolist() if true != IGNORE]
+    labelled = [pair for pair in pairs if pair[0] is not None]
+    assert quality.coverage == pytest.approx(100 * len(labelled) / len(pairs))
+    assert quality.num_images == len(dataset) == 2
+    for index in range(6):
+        both = sum(pair == (index, index) for pair in labelled)
+        either = sum(index in pair for pair in labelled)
+        expected = 100 * both / either if either else float("nan")
+        assert quality.iou[index].item() == pytest.approx(expected, nan_ok=True)
+
+
+def test_images_without_masks_are_left_out(toy_root: Path, tmp_path: Path) -> None:
+    split = load_split(toy_root, read_split(toy_root, "train"), read_classes(toy_root))
+    assert len(first_with_masks(tmp_path, split, 5)) == 0
+    (tmp_path / "SegmentationClassAug").mkdir()
+    for index in (1, 4, 7):
+        save_mask(tmp_path / f"SegmentationClassAug/{split.names[index]}.png", np.zeros((2, 2), np.uint8))
+    found = first_with_masks(tmp_path, split, 2)
+    assert found.names == (split.names[1], split.names[4])
+    assert found.labels == (split.labels[1], split.labels[4])
+    assert found.images == (split.images[1], split.images[4])
+    assert [path.stem for path in found.masks] == list(found.names)
+
+
+def test_pseudo_labels_of_the_settings() -> None:
+    torch.manual_seed(0)
+    image, masks = torch.rand(2, 3, 24, 20), (3 * torch.randn(2, 4, 6, 5)).softmax(dim=1)
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    settings = replace(PAPER, pamr_iterations=2, pamr_dilations=(1, 2))
+    published = PAMR(2, (1, 2), resize="image")(image, masks)
+    printed = PAMR(2, (1, 2), "paper", resize="image")(image, masks)
+    assert not torch.equal(published, printed)
+    assert torch.equal(labels_from_masks(image, masks, labels, settings), pseudo_labels(published, labels))
+    found = labels_from_masks(image, masks, labels, replace(settings, pamr_variant="paper"))
+    assert torch.equal(found, pseudo_labels(printed, labels))
+    large = labels_from_masks(image, masks, labels, replace(settings, loss="published"))
+    assert large.shape == (2, 24, 20)
+
+
+def test_each_process_has_its_share(dataset: VOCDataset) -> None:
+    settings = replace(PAPER, pamr_iterations=0)
+    shares = [
+        evaluate_pseudo_labels(Halves(), dataset, settings, torch.device("cpu"), Group(rank, 2))  # type: ignore[arg-type]
+        for rank in range(2)
+    ]
+    assert not torch.equal(shares[0].iou.nan_to_num(), shares[1].iou.nan_to_num())

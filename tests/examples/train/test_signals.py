@@ -1,0 +1,17 @@
+"""Ctrl-C and SIGTERM."""
+
+import signal
+
+import pytest
+from voc.train.signals import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_noted_once(number: int) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.requested
+        signal.raise_signal(number)
+        assert stop.requested
+        assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is before
