@@ -80,7 +80,7 @@ def add_library(pure: Path, machine: str, output: Path) -> None:
 
 
 def compile_library(machine: str, instructions: str, target: Path) -> None:
-    """Compile kernels.cpp so that its OpenMP is torch's.
+    """Compile the sources so that its OpenMP is torch's.
 
     torch brings its own libgomp, under a name that differs between its wheels. The library therefore names libtorch_cpu
     as what it needs, and the loader finds the functions of OpenMP among the libraries that libtorch_cpu needs. Linked
@@ -88,15 +88,17 @@ def compile_library(machine: str, instructions: str, target: Path) -> None:
     """
     compiler = compiler_of(machine)
     with tempfile.TemporaryDirectory() as folder:
-        torch, objects = Path(folder, "libtorch_cpu.so"), Path(folder, "kernels.o")
+        torch = Path(folder, "libtorch_cpu.so")
+        objects = {source: Path(folder, f"{source.stem}.o") for source in library.SOURCES}
         run(compiler, "-shared", "-nostdlib", "-Wl,-soname,libtorch_cpu.so", "-x", "c++", "/dev/null", "-o", str(torch))
-        run(compiler, *OPTIONS, *library.INSTRUCTIONS[instructions], "-c", str(library.SOURCE), "-o", str(objects))
+        for source, compiled in objects.items():
+            run(compiler, *OPTIONS, *library.INSTRUCTIONS[instructions], "-c", str(source), "-o", str(compiled))
         run(
             compiler,
             "-shared",
             "-s",
             "-Wl,--no-as-needed",
-            str(objects),
+            *map(str, objects.values()),
             str(torch),
             "-Wl,--as-needed",
             "-o",

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from wsseg_layers.kernels import VARIANTS
-from wsseg_layers.kernels.backends.triton import affinities, propagation
+from wsseg_layers.kernels.backends.triton import affinities, filters, propagation
 
 RESULT = Path(__file__).resolve().parent / "results/registers.md"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -64,12 +64,18 @@ def compile_propagation(
     return compile_kernel(kernel, target, pointers, constants)
 
 
+def compile_gaussian_sum(channels: int, target: GPUTarget) -> Any:
+    """Compile the sums of `bilateral_filter`."""
+    types = {**dict.fromkeys(["values_ptr", "image_ptr", "out_ptr"], "*fp32"), "scale_xy": "fp32", "scale_rgb": "fp32"}
+    return compile_kernel(filters.gaussian_sum_kernel, target, types, dict(filters.launch_config(channels)))
+
+
 def compile_kernel(kernel: Any, target: GPUTarget, pointers: dict[str, str], constants: dict[str, Any]) -> Any:
-    """Compile a kernel for 16-byte aligned pointers, as PyTorch allocates; all other arguments are int32."""
+    """Compile a kernel for 16-byte aligned pointers, as PyTorch allocates; what has no type in `pointers` is int32."""
     num_warps = constants.pop("num_warps")
     names = kernel.arg_names
     types = {name: pointers.get(name, "i32") for name in names if name not in constants}
-    aligned = [names.index(name) for name in pointers]
+    aligned = [names.index(name) for name, kind in pointers.items() if kind.startswith("*")]
     parameters = inspect.signature(ASTSource).parameters
     if "constexprs" in parameters:  # Triton 3.3 and later
         source = ASTSource(

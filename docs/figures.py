@@ -15,9 +15,10 @@ sys.path.insert(0, str(ROOT / "examples"))
 from voc.dataset.toy import OBJECTS, draw_scene  # noqa: E402
 from voc.visualise import overlay  # noqa: E402
 
-from wsseg_layers import PAMR, PAR, PseudoLabels  # noqa: E402
+from wsseg_layers import PAMR, PAR, DenseCRF, PseudoLabels  # noqa: E402
 from wsseg_layers.functional import (  # noqa: E402
     cam_to_label,
+    dense_energy_loss,
     focal_size_penalty,
     global_cue_injection,
     ngwp_pool,
@@ -39,6 +40,8 @@ def main() -> None:
         "size_penalty": draw_size_penalty,
         "stochastic_gate": draw_stochastic_gate,
         "gci": draw_gci,
+        "dense_crf": draw_dense_crf,
+        "dense_energy_loss": draw_dense_energy_loss,
         "pseudo_labels": draw_pseudo_labels,
         "pseudo_labels_thresholds": draw_thresholds,
     }
@@ -165,6 +168,30 @@ def draw_gci() -> Figure:
         cues = torch.tensor([scale, shift]).view(1, 2, 1, 1)
         pictures[f"z = {scale}, b = {shift}"] = global_cue_injection(edges, cues)
     return row_of_pictures(pictures, value_range=(-1, 2))
+
+
+def draw_dense_crf() -> Figure:
+    """Image, coarse mask, and the mask after PAMR and after the dense CRF."""
+    image, mask = scene()
+    scores = torch.cat([1 - mask, mask], dim=1)
+    pictures = {"image": image, "coarse mask": mask, "PAMR, 10 iterations": PAMR(10)(image, mask)}
+    for num_iter in (1, 10):
+        steps = f"{num_iter} step{'s' if num_iter > 1 else ''}"
+        pictures[f"dense CRF, {steps}"] = DenseCRF(num_iter)(255 * image, scores)[:, 1:]
+    return row_of_pictures(pictures)
+
+
+def draw_dense_energy_loss() -> Figure:
+    """Image, coarse mask, and where a step against the gradient raises and lowers the mask."""
+    image, mask = scene()
+    scores = torch.cat([1 - mask, mask], dim=1).requires_grad_()
+    everywhere = torch.ones_like(mask[:, 0])
+    dense_energy_loss(255 * image, scores, everywhere, everywhere.bool(), sigma_rgb=15, sigma_xy=50).backward()
+    assert scores.grad is not None
+    step = scores.grad[:, :1] - scores.grad[:, 1:]
+    change = 0.5 + 0.5 * step / step.abs().max()
+    pictures = {"image": image, "coarse mask": mask, "change that the loss asks for": change}
+    return row_of_pictures(pictures, width=2.8)
 
 
 def scene_of_two() -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
-"""The dilated affinity and its propagation: the two operators that PAMR and PAR consist of."""
+"""The operators: the dilated affinity and its propagation for PAMR and PAR, Gaussian filters for the dense CRF."""
 
 from .backends import BackendName, available_backends
+from .filters import bilateral_filter
 from .operators import pamr_affinity, pamr_propagate
 from .variants import VARIANTS, Variant, VariantName
 
@@ -10,6 +11,7 @@ __all__ = [
     "Variant",
     "VariantName",
     "available_backends",
+    "bilateral_filter",
     "pamr_affinity",
     "pamr_propagate",
 ]

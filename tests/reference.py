@@ -238,6 +238,120 @@ def pamr_propagate(mask: Array, affinity: Array, dilations: Sequence[int], num_i
     return mask
 
 
+def gaussian_weights(image: Array | None, size: tuple[int, int], sigma_xy: float, sigma_rgb: float) -> Array:
+    """Weights [H * W, H * W] of one image [3, H, W], or of position alone."""
+    height, width = size
+    weights = np.zeros((height * width, height * width))
+    pixels = list(np.ndindex(height, width))
+    for i, (y, x) in enumerate(pixels):
+        for j, (v, u) in enumerate(pixels):
+            exponent = ((y - v) ** 2 + (x - u) ** 2) / (2 * sigma_xy**2)
+            if image is not None:
+                exponent += ((image[:, y, x] - image[:, v, u]) ** 2).sum() / (2 * sigma_rgb**2)
+            weights[i, j] = np.exp(-exponent)
+    return weights
+
+
+def simplex(feature: Array) -> tuple[list[tuple[int, ...]], Array]:
+    """The corners of the simplex of the permutohedral lattice that holds a point of D features, and their weights."""
+    d = len(feature)
+    # Features are scaled so that splat, blur and slice together have a standard deviation of 1, and are placed in the
+    # plane of D + 1 coordinates that sum to 0. Its vertices have integer coordinates of equal remainder by D + 1.
+    position = np.zeros(d + 1)
+    for i in range(1, d + 1):
+        direction = np.array([1.0] * i + [-float(i)] + [0.0] * (d - i))
+        position += direction / np.sqrt(i * (i + 1)) * feature[i - 1] * np.sqrt(2 / 3) * (d + 1)
+    position = position.round(9)  # a pixel of column 0 lies on a face: rounding must not choose the side
+    origin = np.rint(position / (d + 1)).astype(int) * (d + 1)
+    order = list(np.argsort(-(position - origin), kind="stable"))
+    excess = origin.sum() // (d + 1)
+    # Too large a sum: the coordinates that were rounded up the most step back. Too small: the others step forward.
+    for i in order[d + 1 - excess :] if excess > 0 else []:
+        origin[i] -= d + 1
+    for i in order[:-excess] if excess < 0 else []:
+        origin[i] += d + 1
+    rest = (position - origin) / (d + 1)
+    order = list(np.argsort(-rest, kind="stable"))
+    corners, weights = [tuple(int(x) for x in origin)], [1 - rest[order[0]] + rest[order[-1]]]
+    for r in range(1, d + 1):
+        corner = origin + r
+        corner[order[d + 1 - r :]] -= d + 1
+        corners.append(tuple(int(x) for x in corner))
+        weights.append(rest[order[d - r]] - rest[order[d + 1 - r]])
+    return corners, np.array(weights)
+
+
+def lattice_weights(image: Array | None, size: tuple[int, int], sigma_xy: float, sigma_rgb: float) -> Array:
+    """What the permutohedral lattice has for `gaussian_weights`."""
+    height, width = size
+    vertices: dict[tuple[int, ...], int] = {}
+    splat: list[dict[int, float]] = []
+    d = 2 if image is None else 5
+    for y, x in np.ndindex(height, width):
+        colour = [] if image is None else list(image[:, y, x] / sigma_rgb)
+        corners, weights = simplex(np.array([x / sigma_xy, y / sigma_xy, *colour]))
+        splat.append({vertices.setdefault(c, len(vertices)): w for c, w in zip(corners, weights, strict=True)})
+    matrix = np.zeros((height * width, len(vertices)))
+    for i, entries in enumerate(splat):
+        for v, weight in entries.items():
+            matrix[i, v] = weight
+    blurred = matrix
+    for axis in range(d + 1):
+        step = np.ones(d + 1, dtype=int)
+        step[axis] -= d + 1
+        previous, blurred = blurred, blurred.copy()
+        for corner, v in vertices.items():
+            for neighbour in (tuple(np.array(corner) + step), tuple(np.array(corner) - step)):
+                if neighbour in vertices:
+                    blurred[:, v] += previous[:, vertices[neighbour]] / 2
+    scale = (4 * np.pi / 3) ** (d / 2) * np.sqrt(d + 1) / 2 ** (d + 1)
+    return (matrix @ blurred.T) * scale  # [reader, pixel that is read]
+
+
+def normalised_weights(weights: Array) -> Array:
+    """Divided by the square roots of the sums of the rows, on both sides."""
+    root = np.sqrt(weights.sum(axis=1))
+    return weights / root[:, None] / root[None, :]
+
+
+def filter_values(values: Array, weights: Array) -> Array:
+    """Weighted sums of one image's values [C, H, W]."""
+    channels, height, width = values.shape
+    result = np.zeros(values.shape)
+    for c in range(channels):
+        result[c] = (weights @ values[c].reshape(-1)).reshape(height, width)
+    return result
+
+
+def mean_field(logits: Array, weights: Sequence[tuple[float, Array]], num_iter: int) -> Array:
+    """Krähenbühl and Koltun's algorithm 1 for one image [C, H, W], with filters of given strengths."""
+    _, height, width = logits.shape
+    marginals = np.zeros(logits.shape)
+    for step in range(num_iter + 1):
+        total = logits.copy()
+        if step > 0:
+            for strength, one in weights:
+                total += strength * filter_values(marginals, one)
+        for i in range(height):
+            for j in range(width):
+                marginals[:, i, j] = softmax(total[:, i, j])
+    return marginals
+
+
+def dense_energy(segmentation: Array, roi: Array, unlabelled: NDArray[np.bool_], weights: Array) -> tuple[float, Array]:
+    """The dense energy of one image [C, H, W] and its gradient, for weights of the scale of the published filter."""
+    channels, height, width = segmentation.shape
+    similar = filter_values(segmentation * roi, weights)
+    energy, gradient = 0.0, np.zeros(segmentation.shape)
+    for i in range(height):
+        for j in range(width):
+            gate = 1.0 if unlabelled[i, j] else max(0.0, roi[i, j] - segmentation[:, i, j].max())
+            for c in range(channels):
+                energy -= roi[i, j] * segmentation[c, i, j] * gate * similar[c, i, j]
+                gradient[c, i, j] = -2 * gate * similar[c, i, j] * roi[i, j]
+    return energy, gradient
+
+
 def resize(x: Array, height: int, width: int, align_corners: bool = True) -> Array:
     """Bilinear: the corners of both grids aligned, or those of their outermost pixels."""
     old_height, old_width = x.shape[2:]

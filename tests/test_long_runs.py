@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from wsseg_layers import GCI, PAMR, PAR, FocalSizePenalty, StochasticGate, nGWPPool
+from wsseg_layers import GCI, PAMR, PAR, DenseCRF, FocalSizePenalty, StochasticGate, nGWPPool
 
 MAPS = (2, 8, 32, 32)
 
 STEPS: dict[str, tuple[Callable[..., Tensor], int]] = {
+    "DenseCRF": (lambda image, scores: DenseCRF(2)(image[:, :3], scores), 2),
     "PAMR": (PAMR(2, [1, 2]), 2),
     "PAR": (PAR([1, 2], 2), 2),
     "nGWPPool": (nGWPPool(), 2),
@@ -88,3 +89,33 @@ def test_in_workers_of_a_data_loader(context: str) -> None:
     loader = DataLoader(Refined(), batch_size=None, num_workers=2, multiprocessing_context=context)
     for seed, result in enumerate(loader):
         assert torch.equal(result, refine(seed))
+
+
+def marginals(seed: int) -> Tensor:
+    """A dense CRF in a data set's transform, on images large enough for several threads."""
+    generator = torch.Generator().manual_seed(seed)
+    side = 80 + seed % 3
+    image, scores = (torch.rand(1, 3, side, 70, generator=generator) for _ in range(2))
+    return DenseCRF(2)(255 * image, scores)
+
+
+class Marginals(Refined):
+    def __getitem__(self, seed: int) -> Tensor:
+        return marginals(seed)
+
+
+def test_two_threads_of_the_dense_crf_do_not_disturb_each_other() -> None:
+    alone = [marginals(seed) for seed in range(12)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(marginals, range(12)))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_the_dense_crf_in_workers_of_a_data_loader(context: str) -> None:
+    if sys.platform == "win32" and context == "fork":
+        pytest.skip("Windows has no fork")
+    marginals(0)
+    loader = DataLoader(Marginals(), batch_size=None, num_workers=2, multiprocessing_context=context)
+    for seed, result in enumerate(loader):
+        assert torch.equal(result, marginals(seed))

@@ -80,7 +80,8 @@ def test_holds_the_library_and_its_kernels_and_nothing_else(wheel: Path) -> None
     }
     assert library
     assert kernels
-    assert shipped == library | kernels | {"wsseg_layers/py.typed", f"{BACKENDS}/cpp/kernels.cpp"}
+    sources = {f"{BACKENDS}/cpp/{name}.cpp" for name in ("kernels", "lattice")}
+    assert shipped == library | kernels | sources | {"wsseg_layers/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

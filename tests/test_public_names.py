@@ -14,6 +14,24 @@ REQUIRED = inspect.Parameter.empty
 DILATIONS = (1, 2, 4, 8, 12, 24)
 
 LAYERS: dict[str, dict[str, Any]] = {
+    "DenseCRF": {
+        "num_iter": 10,
+        "gaussian_sigma_xy": 3.0,
+        "gaussian_weight": 3.0,
+        "bilateral_sigma_xy": 80.0,
+        "bilateral_sigma_rgb": 13.0,
+        "bilateral_weight": 10.0,
+        "inputs": "probabilities",
+        "floor": 1e-5,
+        "backend": "auto",
+    },
+    "DenseEnergyLoss": {
+        "weight": REQUIRED,
+        "sigma_rgb": REQUIRED,
+        "sigma_xy": REQUIRED,
+        "scale_factor": REQUIRED,
+        "backend": "auto",
+    },
     "FocalSizePenalty": {"p": 3.0, "lam": 0.01},
     "GCI": {"in_channels": 256, "shallow_channels": None, "out_channels": None, "norm": "batch"},
     "PAMR": {"num_iter": 10, "dilations": DILATIONS, "variant": "pamr", "resize": "mask", "backend": "auto"},
@@ -41,6 +59,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "nGWPPool": {"eps": 1.0},
 }
 CALLS: dict[str, list[str]] = {
+    "DenseCRF.forward": ["image", "scores"],
+    "DenseEnergyLoss.forward": ["images", "segmentations", "ROIs", "seg_label"],
     "FocalSizePenalty.forward": ["masks"],
     "GCI.forward": ["shallow", "deep"],
     "PAMR.forward": ["image", "mask"],
@@ -62,6 +82,11 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
         "boxes": None,
         "ignore_index": 255,
         "max_classes": None,
+    },
+    "dense_crf": {"image": REQUIRED, "scores": REQUIRED, **LAYERS["DenseCRF"]},
+    "dense_energy_loss": {
+        **dict.fromkeys(["images", "segmentations", "rois", "unlabelled", "sigma_rgb", "sigma_xy"], REQUIRED),
+        "backend": "auto",
     },
     "focal_size_penalty": {"masks": REQUIRED, **LAYERS["FocalSizePenalty"]},
     "global_cue_injection": {"shallow": REQUIRED, "cues": REQUIRED, "eps": 1e-5},
@@ -98,6 +123,14 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     },
 }
 OPERATORS: dict[str, dict[str, Any]] = {
+    "bilateral_filter": {
+        "values": REQUIRED,
+        "image": REQUIRED,
+        "sigma_xy": REQUIRED,
+        "sigma_rgb": 13.0,
+        "normalise": False,
+        "backend": "auto",
+    },
     "pamr_affinity": {"image": REQUIRED, "dilations": REQUIRED, "variant": "pamr", "backend": "auto"},
     "pamr_propagate": {
         "mask": REQUIRED,

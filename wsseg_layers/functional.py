@@ -1,8 +1,10 @@
-"""The layers as functions, and the two operators that PAMR and PAR consist of."""
+"""The layers as functions, and the operators that they consist of."""
 
 from .cams import multi_scale_cam, normalise_cam
+from .dense_crf import dense_crf
+from .dense_energy_loss import dense_energy_loss
 from .gci import global_cue_injection
-from .kernels import pamr_affinity, pamr_propagate
+from .kernels import bilateral_filter, pamr_affinity, pamr_propagate
 from .ngwp import ngwp_pool
 from .pamr import pamr
 from .par import par
@@ -11,7 +13,10 @@ from .size_penalty import focal_size_penalty
 from .stochastic_gate import stochastic_gate
 
 __all__ = [
+    "bilateral_filter",
     "cam_to_label",
+    "dense_crf",
+    "dense_energy_loss",
     "focal_size_penalty",
     "global_cue_injection",
     "merge_labels",

@@ -12,9 +12,11 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..gaussians import Gaussian
 from ..variants import Variant
 from . import cpp, eager, triton
 from .eager import decomposition
+from .eager.filters import Filter
 
 BackendName = Literal["auto", "triton", "cpp", "eager"]
 
@@ -53,6 +55,28 @@ class Backend(Protocol):
         counts: Tensor | None = None,
     ) -> Tensor:
         """Return the transpose of `propagate`, applied to `grad` [B, C, H, W]: the gradient of the masks."""
+
+
+class FilterBackend(Protocol):
+    """What a backend may have beside the functions of `Backend`: Gaussian filters and the mean field of a dense CRF.
+
+    A backend without `make_filter` uses those of the eager backend. `like` and `logits` are float32 or float64.
+    """
+
+    def make_filter(self, image: Tensor | None, like: Tensor, gaussian: Gaussian, normalise: bool) -> Filter:
+        """Return the filter of a Gaussian for values [B, C, H, W] like `like`, used for any number of calls.
+
+        `image` is [B, 3, H, W], or None for weights of position alone. With `normalise`, weights are divided by
+        sqrt(n_i n_j), n being their sums.
+        """
+
+    def mean_field(self, logits: Tensor, filters: Sequence[tuple[float, Filter]], num_iter: int) -> Tensor:
+        """Return the marginals [B, C, H, W] after `num_iter` steps, given the weights of the filters with these."""
+
+    def mean_field_gradient(
+        self, grad: Tensor, logits: Tensor, filters: Sequence[tuple[float, Filter]], num_iter: int
+    ) -> Tensor:
+        """Return the gradient of the logits, given that of the marginals."""
 
 
 # backend="auto" takes the first one that runs on the device.
@@ -105,6 +129,12 @@ def find_backend(name: str, device: torch.device) -> Backend:
             return backend
         skipped.append(f"{candidate!r} {reason}")
     raise ValueError(f"backend='auto' finds no backend for device {str(device)!r}: {'; '.join(skipped)}")
+
+
+def find_filters(name: str, device: torch.device) -> FilterBackend:
+    """Return the filters of the backend that `backend=name` means on a device, or those of the eager backend."""
+    backend = find_backend(name, device)
+    return backend if hasattr(backend, "make_filter") else eager  # type: ignore[return-value]
 
 
 def find_decomposition(name: str) -> ModuleType | None:

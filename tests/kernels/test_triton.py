@@ -18,7 +18,15 @@ from hypothesis import given, settings
 
 from tests import reference
 from tests.strategies import assert_close, exact, layouts, map_shapes, seeds, uniform
-from wsseg_layers.kernels import VARIANTS, VariantName, available_backends, pamr_affinity, pamr_propagate
+from wsseg_layers.kernels import (
+    VARIANTS,
+    VariantName,
+    available_backends,
+    bilateral_filter,
+    pamr_affinity,
+    pamr_propagate,
+)
+from wsseg_layers.kernels.filters import mean_field
 
 pytest.importorskip("triton", reason="triton is not installed")
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -108,6 +116,39 @@ def test_transposed_equals_the_transposed_definition(
         for backend in ("triton", "eager")  # PyTorch's is compared with the reference in test_propagate.py
     ]
     torch.testing.assert_close(*gradients)
+
+
+@runs_kernels
+@few
+@given(
+    map_shapes(max_channels=18, max_side=9), st.sampled_from([None, 0.05, 0.4]), st.booleans(), dtypes, layouts, seeds
+)
+def test_gaussian_sums_equal_the_definition(
+    shape: tuple[int, ...], sigma_rgb: float | None, normalise: bool, dtype: torch.dtype, layout: str, seed: int
+) -> None:
+    values = uniform(shape, dtype, layout, seed)
+    image = (
+        None if sigma_rgb is None else uniform((shape[0], 3, *shape[2:]), torch.float32, layout, seed + 1).to(DEVICE)
+    )
+    sigmas = (2.3, sigma_rgb or 1.0)
+    for b in range(shape[0]):
+        one = None if image is None else exact(image[b])
+        weights = reference.gaussian_weights(one, (shape[2], shape[3]), *sigmas)
+        weights = reference.normalised_weights(weights) if normalise else weights
+        expected = reference.filter_values(exact(values[b]), weights)[None]
+        scale = max(1.0, expected.max())
+        actual = bilateral_filter(values.to(DEVICE), image, *sigmas, normalise, "triton")[b : b + 1]
+        assert_close(actual / scale, expected / scale, dtype=dtype, precision=dtype)
+
+
+@runs_kernels
+def test_mean_field_is_that_of_eager() -> None:
+    image, logits = torch.rand(2, 3, 6, 9, device=DEVICE), torch.rand(2, 4, 6, 9, device=DEVICE).requires_grad_()
+    image[1, 0, 2, 3] = torch.nan
+    numbers = (2, 2.0, 1.5, 3.0, 0.4, 2.0)
+    marginals = [mean_field(logits, image, *numbers, name) for name in ("triton", "eager")]
+    torch.testing.assert_close(*marginals, equal_nan=True)
+    torch.testing.assert_close(*(torch.autograd.grad(one[0, 0].sum(), logits)[0] for one in marginals), equal_nan=True)
 
 
 @runs_kernels

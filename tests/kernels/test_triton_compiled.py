@@ -75,6 +75,13 @@ def test_transposed_and_ragged(classes: int, dtype: str, transposed: bool, targe
 
 
 @needs_cuobjdump
+@targets
+@pytest.mark.parametrize("channels", [3, 21])
+def test_gaussian_sum(channels: int, target: str) -> None:
+    assert registers.usage(registers.compile_gaussian_sum(channels, TARGETS[target])).spilled == 0
+
+
+@needs_cuobjdump
 def test_exchanges_are_found_where_there_are_some() -> None:
     # The affinity reduces over neighbours of several threads, channel by channel.
     for target in TARGETS.values():

@@ -10,9 +10,20 @@ from torch import Tensor
 
 from ...neighbourhood import neighbour_offsets
 from ...variants import Variant, position_affinity
+from ..eager import mean_field_gradient
 from . import library
+from .lattice import make_filter, mean_field
 
-__all__ = ["affinity", "empty_affinity", "propagate", "propagate_transposed", "unavailable"]
+__all__ = [
+    "affinity",
+    "empty_affinity",
+    "make_filter",
+    "mean_field",
+    "mean_field_gradient",
+    "propagate",
+    "propagate_transposed",
+    "unavailable",
+]
 
 # Weights up to this size stay in the last-level cache from one iteration to the next, beside small chunks of channels.
 # Larger ones come from memory every time, and as many channels should share them as the extra memory may hold.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "lattice.cpp"))
 OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC")
 # What is tried in this order: the file's name, and the options that it needs.
 BUILDS = {"kernels.so": ("-shared", "-fopenmp"), "kernels-serial.so": ("-shared",)}
@@ -117,7 +117,7 @@ def problem() -> str | None:
 
 def shipped(instructions: str) -> Path:
     """Return where a wheel has the library for a set of instructions."""
-    return SOURCE.with_name(f"kernels-{instructions.lower()}.so")
+    return SOURCES[0].with_name(f"kernels-{instructions.lower()}.so")
 
 
 @functools.cache
@@ -147,11 +147,25 @@ def _open(file: Path) -> ctypes.CDLL:
         function, workspace = getattr(library, name), getattr(library, f"{name}_workspace")
         function.argtypes, function.restype = (ctypes.POINTER(struct), ctypes.c_void_p), None
         workspace.argtypes, workspace.restype = (ctypes.POINTER(struct),), ctypes.c_int64
+    _declare_lattice(library)
     if file.name.endswith("-serial.so"):
         warnings.warn(
             f"PAMR and PAR run on one thread: the compiler has no OpenMP; when it has, remove {file}", stacklevel=2
         )
     return library
+
+
+def _declare_lattice(library: ctypes.CDLL) -> None:
+    """Declare the functions of lattice.cpp. They return a status: 0 where all went well."""
+    pointer, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+    library.lattices_new.argtypes = (pointer, pointer, number, number, number, real, real, number, number)
+    library.lattices_free.argtypes = (pointer,)
+    library.lattices_free.restype = None
+    library.lattices_vertices.argtypes = (pointer,)
+    library.lattices_vertices.restype = number
+    for function in (library.lattices_filter_float, library.lattices_filter_double):
+        function.argtypes = (pointer, pointer, pointer, *4 * (number,))
+    library.lattices_mean_field.argtypes = (pointer, pointer, number, pointer, pointer, *4 * (number,))
 
 
 def _check_structs(library: ctypes.CDLL) -> None:
@@ -179,7 +193,8 @@ def _load_from_cache(command: list[str], cache: Path) -> ctypes.CDLL:
     Home directories are shared by machines, so files are named after everything that a library depends on.
     """
     _, version, _ = _run([*command, "--version"])
-    depends_on = [*command, version, platform.machine(), *platform.libc_ver(), SOURCE.read_text(encoding="utf-8")]
+    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    depends_on = [*command, version, platform.machine(), *platform.libc_ver(), *sources]
     key = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
     for name in BUILDS:
         kept = cache / f"{key}-{name}"
@@ -202,10 +217,10 @@ def _load_from_cache(command: list[str], cache: Path) -> ctypes.CDLL:
 
 
 def _compile(command: list[str], folder: Path) -> Path:
-    """Compile kernels.cpp into a folder, without OpenMP if the compiler has none, and return the file."""
+    """Compile the sources into a folder, without OpenMP if the compiler has none, and return the file."""
     errors = []
     for name, options in BUILDS.items():
-        arguments = [*command, *options, str(SOURCE), "-o", str(folder / name)]
+        arguments = [*command, *options, *map(str, SOURCES), "-o", str(folder / name)]
         status, _, messages = _run(arguments)
         if status == 0:
             return folder / name

@@ -4,9 +4,19 @@ import torch
 from torch import Tensor
 
 from .affinities import affinity
+from .filters import make_filter, mean_field, mean_field_gradient
 from .propagation import propagate, propagate_transposed
 
-__all__ = ["affinity", "empty_affinity", "propagate", "propagate_transposed", "unavailable"]
+__all__ = [
+    "affinity",
+    "empty_affinity",
+    "make_filter",
+    "mean_field",
+    "mean_field_gradient",
+    "propagate",
+    "propagate_transposed",
+    "unavailable",
+]
 
 
 def unavailable(device: torch.device) -> str | None:  # noqa: ARG001

@@ -9,7 +9,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ...gaussians import Gaussian
 from ...variants import Variant
+from ..eager import filters as eager
+from ..eager import mean_field, mean_field_gradient
+from ..eager.filters import Filter
+
+__all__ = [
+    "affinity",
+    "empty_affinity",
+    "make_filter",
+    "mean_field",
+    "mean_field_gradient",
+    "propagate",
+    "propagate_transposed",
+    "unavailable",
+]
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -74,3 +89,20 @@ def propagate_transposed(
     from . import propagation
 
     return propagation.propagate_transposed(grad, affinity, dilations, num_iter, counts)
+
+
+def make_filter(image: Tensor | None, like: Tensor, gaussian: Gaussian, normalise: bool) -> Filter:
+    """Return the filter of a Gaussian for values [B, C, H, W] like `like`.
+
+    Position alone is two products of matrices, which PyTorch has. So is float64, in which no user needs the speed.
+    """
+    if image is None or like.dtype != torch.float32:
+        return eager.make_filter(image, like, gaussian, normalise)
+    from . import filters
+
+    image = eager.finite_or_nan(image).to(torch.float32).contiguous()
+
+    def filter_exactly(values: Tensor, transposed: bool = False) -> Tensor:  # noqa: ARG001
+        return filters.gaussian_sum(values.contiguous(), image, *gaussian)
+
+    return eager.normalised(filter_exactly, like[:, :1], normalise)

@@ -1,0 +1,164 @@
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from torch import Tensor
+
+from tests import reference
+from tests.strategies import CPU_BACKENDS, exact, map_shapes, seeds, uniform
+from wsseg_layers import DenseEnergyLoss
+from wsseg_layers.functional import dense_energy_loss
+from wsseg_layers.kernels import BackendName
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def expected_loss(
+    images: Tensor, segmentations: Tensor, rois: Tensor, unlabelled: Tensor, sigmas: tuple[float, float], backend: str
+) -> tuple[float, Tensor]:
+    size = (images.shape[2], images.shape[3])
+    energy, gradients = 0.0, []
+    for b in range(len(images)):
+        sigma_rgb, sigma_xy = sigmas
+        if backend == "cpp":
+            weights = reference.lattice_weights(exact(images[b]), size, sigma_xy, sigma_rgb)
+        else:
+            weights = reference.gaussian_weights(exact(images[b]), size, sigma_xy, sigma_rgb)
+        # The published filter weighs a lattice's blur, with 1 in its centre, by 1 / (1 + 2^-D).
+        weights *= 64 / (1 + 1 / 32) / ((4 * torch.pi / 3) ** 2.5 * 6**0.5)
+        one, gradient = reference.dense_energy(exact(segmentations[b]), exact(rois[b]), unlabelled[b].numpy(), weights)
+        energy += one / len(images)
+        gradients.append(torch.from_numpy(gradient) / len(images))
+    return energy, torch.stack(gradients)
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, _, height, width = shape
+    images = uniform((batch, 3, height, width), torch.float32, "contiguous", seed)
+    segmentations = uniform(shape, dtype, "contiguous", seed + 1).softmax(dim=1).requires_grad_()
+    drawn = uniform((batch, 2, height, width), torch.float32, "contiguous", seed + 2)
+    return images, segmentations, (drawn[:, 0] > 0.3).float(), drawn[:, 1] > 0.5
+
+
+@settings(max_examples=15)
+@given(map_shapes(max_side=6), st.sampled_from(CPU_BACKENDS), st.sampled_from([torch.float32, torch.float64]), seeds)
+def test_value_and_gradient(shape: tuple[int, ...], backend: BackendName, dtype: torch.dtype, seed: int) -> None:
+    images, segmentations, rois, unlabelled = draw(shape, dtype, seed)
+    loss = dense_energy_loss(images, segmentations, rois, unlabelled, 0.37, 2.3, backend)
+    loss.backward()
+    energy, gradient = expected_loss(images, segmentations, rois, unlabelled, (0.37, 2.3), backend)
+    assert loss.dtype == dtype
+    assert loss.shape == ()
+    torch.testing.assert_close(loss.double(), torch.tensor(energy).double(), rtol=1e-4, atol=1e-5)
+    assert segmentations.grad is not None
+    torch.testing.assert_close(segmentations.grad.double(), gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("label_dtype", [torch.uint8, torch.int64, torch.float32])
+@pytest.mark.parametrize("scale_factor", [0.5, 1.0, 0.4])
+def test_the_module_resizes(scale_factor: float, label_dtype: torch.dtype) -> None:
+    images, segmentations, rois, unlabelled = draw((2, 3, 12, 15), torch.float32, seed=0)
+    labels = torch.where(unlabelled, 255, 3).to(label_dtype)[:, None]
+    module = DenseEnergyLoss(1e-2, 0.37, 4.6, scale_factor)
+    actual = module(images, segmentations, rois, labels)
+
+    def nearest(maps: Tensor) -> Tensor:
+        return F.interpolate(maps, scale_factor=scale_factor, recompute_scale_factor=True)
+
+    scaled = F.interpolate(
+        segmentations, scale_factor=scale_factor, mode="bilinear", align_corners=False, recompute_scale_factor=True
+    )
+    small = (nearest(images), scaled, nearest(rois[:, None])[:, 0], nearest(unlabelled[:, None].float())[:, 0] > 0)
+    expected = 1e-2 * dense_energy_loss(*small, 0.37, 4.6 * scale_factor)
+    assert torch.equal(actual, expected)
+    (gradient,) = torch.autograd.grad(actual, segmentations)
+    assert gradient.abs().max() > 0
+
+
+def test_arguments_are_left_as_they_are() -> None:
+    images, segmentations, rois, unlabelled = draw((1, 3, 6, 8), torch.float32, seed=0)
+    before = [images.clone(), segmentations.detach().clone(), rois.clone(), unlabelled.clone()]
+    DenseEnergyLoss(1e-7, 0.4, 3, 0.5)(images, segmentations, rois, unlabelled[:, None])
+    for given_tensor, kept in zip((images, segmentations.detach(), rois, unlabelled), before, strict=True):
+        assert torch.equal(given_tensor, kept)
+
+
+def test_nothing_outside_the_region_counts() -> None:
+    images, segmentations, rois, unlabelled = draw((1, 3, 6, 8), torch.float32, seed=0)
+    other = torch.where(rois[:, None] > 0, segmentations, torch.rand_like(segmentations))
+    ours, theirs = (dense_energy_loss(images, s, rois, unlabelled, 0.4, 3.0) for s in (segmentations, other))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_half_precision_is_summed_in_single() -> None:
+    images, segmentations, rois, unlabelled = draw((1, 3, 6, 8), torch.float32, seed=0)
+    loss = dense_energy_loss(images.half(), segmentations.half(), rois.half(), unlabelled, 0.4, 3.0)
+    assert loss.dtype == torch.float32
+    expected = dense_energy_loss(images, segmentations, rois, unlabelled, 0.4, 3.0)
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=1e-3)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    images, segmentations, rois, unlabelled = draw((2, 3, 6, 8), torch.float32, seed=0)
+    module = DenseEnergyLoss(1e-2, 0.4, 3.0, 0.5)
+    labels = torch.where(unlabelled, 255, 0).to(torch.uint8)[:, None]
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(images, segmentations, rois, labels), module(images, segmentations, rois, labels)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"weight": -1}, ValueError, "weight must be at least 0"),
+        ({"sigma_rgb": 0}, ValueError, "sigma_rgb must be positive"),
+        ({"sigma_xy": "100"}, TypeError, "sigma_xy must be a number"),
+        ({"scale_factor": 0}, ValueError, "scale_factor must be positive"),
+        ({"scale_factor": 2}, ValueError, "scale_factor must be at most 1, got 2"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_wrong_settings(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        DenseEnergyLoss(**{"weight": 1e-7, "sigma_rgb": 15, "sigma_xy": 100, "scale_factor": 0.5, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"images": torch.rand(1, 3, 4, 5)},
+            ValueError,
+            "images and segmentations must have the same height and width",
+        ),
+        ({"segmentations": torch.rand(4, 6)}, ValueError, "segmentations must have 4 dimensions"),
+        ({"ROIs": torch.rand(1, 4, 5)}, ValueError, r"ROIs must be \[B, H, W\] for segmentations \[1, 2, 4, 6\]"),
+        ({"ROIs": None}, TypeError, "ROIs must be a torch.Tensor, got NoneType"),
+        ({"seg_label": torch.zeros(1, 4, 6)}, ValueError, r"seg_label must be \[B, 1, H, W\]"),
+    ],
+)
+def test_wrong_tensors(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    right = {
+        "images": torch.rand(1, 3, 4, 6),
+        "segmentations": torch.rand(1, 2, 4, 6),
+        "ROIs": torch.ones(1, 4, 6),
+        "seg_label": torch.zeros(1, 1, 4, 6),
+    }
+    with pytest.raises(error, match=message):
+        DenseEnergyLoss(1e-7, 15, 100, 0.5)(**{**right, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("rois", "unlabelled", "message"),
+    [
+        (torch.ones(1, 4, 6, dtype=torch.bool), torch.ones(1, 4, 6).bool(), "rois must be a floating-point tensor"),
+        (torch.ones(1, 4, 6), torch.ones(1, 4, 6), "unlabelled must be a torch.bool tensor"),
+    ],
+)
+def test_wrong_regions(rois: Tensor, unlabelled: Tensor, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        dense_energy_loss(torch.rand(1, 3, 4, 6), torch.rand(1, 2, 4, 6), rois, unlabelled, 15, 100)

@@ -1,0 +1,200 @@
+"""Dense energy loss: neighbours of similar colour should have the same class.
+
+Tang, Perazzi, Djelouah, Ben Ayed, Schroers and Boykov, "On Regularized Losses for Weakly-supervised CNN Segmentation",
+ECCV 2018. https://arxiv.org/abs/1803.09569
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._checks import (
+    check_maps,
+    check_not_negative,
+    check_pixels,
+    check_positive,
+    check_same_batch,
+    check_same_device,
+)
+from .kernels import BackendName, bilateral_filter
+from .kernels.filters import check_image
+from .kernels.operators import check_backend
+
+IGNORED = 255  # the label of pixels whose class is unknown
+
+# The filter of the published extension is scaled so that a vertex of its lattice weighs 1. A Gaussian of the same
+# integral, as `bilateral_filter` has it, is larger.
+EXTENSION_SCALE = 2**6 / (1 + 2**-5) / ((4 * math.pi / 3) ** 2.5 * math.sqrt(6))
+
+
+def dense_energy_loss(
+    images: Tensor,
+    segmentations: Tensor,
+    rois: Tensor,
+    unlabelled: Tensor,
+    sigma_rgb: float,
+    sigma_xy: float,
+    backend: BackendName = "auto",
+) -> Tensor:
+    r"""Return the energy of a segmentation: minus the agreement of every pixel with similar ones.
+
+    .. math:: L = - \frac{s}{B} \sum_b \sum_c \sum_i g_i S_{c,i} \sum_j k_{ij} S_{c,j}
+
+    S are the probabilities inside the region of interest (ROI), and 0 outside. k is the Gaussian over position and
+    colour of `bilateral_filter`, not normalised. The gate g is 1 where a pixel is not labelled. Elsewhere it is the ROI
+    minus the largest probability, at least 0: the more certain the prediction of a labelled pixel, the less it counts.
+
+    Value and gradient are those of the published code, on a CPU to rounding. The gradient is
+    :math:`-2 s g_i \sum_j k_{ij} S_{c,j} / B`: the gate is a constant. The factor s = 0.7055 is the scale of the filter
+    in that code.
+
+    Args:
+        images: images, [B, 3, H, W], floating-point. `sigma_rgb` has their units, usually 0 to 255.
+        segmentations: class probabilities, [B, C, H, W].
+        rois: region of interest, [B, H, W], floating-point: 1 inside, 0 outside.
+        unlabelled: bool, [B, H, W]: pixels without a label.
+        sigma_rgb: standard deviation of the colour.
+        sigma_xy: standard deviation of the position, in pixels.
+        backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.bilateral_filter`.
+
+    Returns:
+        Loss, a scalar, in at least float32. Differentiable once with respect to `segmentations`.
+
+    Raises:
+        TypeError: a tensor has the wrong dtype, or a parameter the wrong type.
+        ValueError: sizes or devices differ, a dimension is missing or empty, or a parameter is out of range.
+
+    Source:
+        Tang et al., ECCV 2018, section 3.
+
+    Example:
+        >>> import torch
+        >>> images, segmentations = 255 * torch.rand(1, 3, 32, 48), torch.rand(1, 21, 32, 48).softmax(dim=1)
+        >>> rois, unlabelled = torch.ones(1, 32, 48), torch.rand(1, 32, 48) > 0.5
+        >>> bool(dense_energy_loss(images, segmentations, rois, unlabelled, sigma_rgb=15, sigma_xy=50) < 0)
+        True
+    """
+    check_maps("segmentations", segmentations)
+    check_pixels("segmentations", segmentations)
+    check_image(images, ("segmentations", segmentations), "images")
+    _check_region("rois", rois, segmentations)
+    _check_region("unlabelled", unlabelled, segmentations)
+    if not rois.is_floating_point():
+        raise TypeError(f"rois must be a floating-point tensor, got {rois.dtype}")
+    if unlabelled.dtype != torch.bool:
+        raise TypeError(f"unlabelled must be a torch.bool tensor, got {unlabelled.dtype}")
+    probabilities = segmentations.to(torch.promote_types(segmentations.dtype, torch.float32))
+    inside = rois.detach().to(probabilities.dtype)
+    gate = (inside - probabilities.detach().amax(dim=1)).clamp(min=0).masked_fill(unlabelled, 1)
+    probabilities = probabilities * inside[:, None]
+    constant = probabilities.detach()
+    sums = bilateral_filter(constant, images.detach(), sigma_xy, sigma_rgb, backend=backend)
+    similar = EXTENSION_SCALE * gate[:, None] * sums
+    # The value of S * similar with twice its gradient: S is also in the sums.
+    energy = ((2 * probabilities - constant) * similar).sum()
+    return -energy / max(1, len(images))
+
+
+def _check_region(name: str, region: Tensor, segmentations: Tensor) -> None:
+    if not isinstance(region, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(region).__name__}")
+    expected = (segmentations.shape[0], *segmentations.shape[2:])
+    if region.shape != expected:
+        raise ValueError(
+            f"{name} must be [B, H, W] for segmentations {list(segmentations.shape)}, got shape {list(region.shape)}"
+        )
+    check_same_device((name, region), ("segmentations", segmentations))
+
+
+class DenseEnergyLoss(nn.Module):
+    """Dense energy loss: `dense_energy_loss` at a smaller size, as weakly supervised methods call it.
+
+    Images, regions and labels are resized by `scale_factor` (nearest neighbour), segmentations bilinearly. The unit of
+    `sigma_xy` is a pixel of the given images.
+
+    Args:
+        weight: factor of the loss; 1e-7 in AFA and ToCo.
+        sigma_rgb: standard deviation of the colour, in the units of the images; 15 in AFA and ToCo.
+        sigma_xy: standard deviation of the position, in pixels; 100 in AFA and ToCo.
+        scale_factor: factor of height and width, at most 1; 0.5 in AFA and ToCo.
+        backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.bilateral_filter`.
+
+    Example:
+        >>> import torch
+        >>> images, segmentations = 255 * torch.rand(2, 3, 32, 48), torch.rand(2, 21, 32, 48).softmax(dim=1)
+        >>> rois, labels = torch.ones(2, 32, 48), torch.full((2, 1, 32, 48), 255, dtype=torch.uint8)
+        >>> loss = DenseEnergyLoss(weight=1e-7, sigma_rgb=15, sigma_xy=100, scale_factor=0.5)
+        >>> bool(loss(images, segmentations, rois, labels) < 0)
+        True
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        sigma_rgb: float,
+        sigma_xy: float,
+        scale_factor: float,
+        backend: BackendName = "auto",
+    ) -> None:
+        super().__init__()
+        check_not_negative("weight", weight)
+        check_positive("sigma_rgb", sigma_rgb)
+        check_positive("sigma_xy", sigma_xy)
+        check_positive("scale_factor", scale_factor)
+        if scale_factor > 1:
+            raise ValueError(f"scale_factor must be at most 1, got {scale_factor}")
+        check_backend(backend)
+        self.weight = weight
+        self.sigma_rgb = sigma_rgb
+        self.sigma_xy = sigma_xy
+        self.scale_factor = scale_factor
+        self.backend: BackendName = backend
+
+    def forward(self, images: Tensor, segmentations: Tensor, ROIs: Tensor, seg_label: Tensor) -> Tensor:
+        """Return the weighted loss, a scalar.
+
+        Args:
+            images: images, [B, 3, H, W], floating-point, usually in 0 to 255.
+            segmentations: class probabilities, [B, C, H, W].
+            ROIs: region of interest, [B, H, W]: 1 inside, 0 outside.
+            seg_label: labels, [B, 1, H, W], of any dtype; 255 marks pixels without a label.
+        """
+        check_maps("images", images)
+        check_maps("segmentations", segmentations)
+        check_image(images, ("segmentations", segmentations), "images")
+        _check_region("ROIs", ROIs, segmentations)
+        if not isinstance(seg_label, Tensor) or seg_label.shape != (images.shape[0], 1, *images.shape[2:]):
+            given = list(seg_label.shape) if isinstance(seg_label, Tensor) else type(seg_label).__name__
+            raise ValueError(f"seg_label must be [B, 1, H, W] for images {list(images.shape)}, got {given}")
+        check_same_batch(("images", images), ("seg_label", seg_label))
+        regions = torch.cat([ROIs[:, None].to(images.dtype), (seg_label.detach() == IGNORED).to(images.dtype)], dim=1)
+        scaled_rois, ignored = self._resize(regions).unbind(1)
+        scaled = F.interpolate(
+            segmentations,
+            scale_factor=self.scale_factor,
+            mode="bilinear",
+            align_corners=False,
+            recompute_scale_factor=True,
+        )
+        loss = dense_energy_loss(
+            self._resize(images),
+            scaled,
+            scaled_rois,
+            ignored > 0,
+            self.sigma_rgb,
+            self.sigma_xy * self.scale_factor,
+            self.backend,
+        )
+        return self.weight * loss
+
+    def _resize(self, maps: Tensor) -> Tensor:
+        return F.interpolate(maps, scale_factor=self.scale_factor, recompute_scale_factor=True)
+
+    def extra_repr(self) -> str:
+        """Return what `print(module)` shows."""
+        return (
+            f"weight={self.weight}, sigma_rgb={self.sigma_rgb}, sigma_xy={self.sigma_xy},"
+            f" scale_factor={self.scale_factor}, backend={self.backend!r}"
+        )
