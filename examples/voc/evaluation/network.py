@@ -13,6 +13,7 @@ from ..backbones import normalise
 from ..dataset.images import IGNORE
 from ..dataset.splits import VOCDataset
 from ..inference.masks import multi_scale_masks, segment
+from ..inference.refine import Refinement, refine_masks
 from ..model import CAMNet, Network
 from ..self_supervision import labels_from_masks
 from ..settings import Settings
@@ -46,15 +47,19 @@ def evaluate(
     group: Group,
     scales: Sequence[float] | None = None,
     flip: bool = True,
+    refine: Refinement = "none",
 ) -> Evaluation:
     """Evaluate the single-stage model, or CAM-GAP for several background scores.
 
-    Each process evaluates its share of the images; the result is that of all images.
+    With `refine`, the single-stage model has a second column, "ours + PAR" for "par". Each process evaluates its share
+    of the images; the result is that of all images.
     """
     model.eval()
     is_cam = isinstance(model, CAMNet)
     names = [f"CAM-GAP (background {score})" for score in CAM_BACKGROUNDS] if is_cam else ["ours"]
-    meters = {name: IoUMeter(1 + len(dataset.split.classes)) for name in names}
+    refined_name = None if is_cam or refine == "none" else f"ours + {refine.upper()}"
+    columns = names if refined_name is None else [*names, refined_name]
+    meters = {name: IoUMeter(1 + len(dataset.split.classes)) for name in columns}
     for meter in meters.values():
         meter.confusion.to(device)
     scores = CatMetric(nan_strategy="ignore").to(device)  # rows of probabilities and labels [2 C]
@@ -63,9 +68,13 @@ def evaluate(
         sample = dataset[index]
         masks, probabilities = multi_scale_masks(model, sample.image.to(device), scales or settings.scales, flip)
         backgrounds = masks.new_tensor(CAM_BACKGROUNDS) if is_cam else [masks[0] ** settings.background_power]
-        for meter, background in zip(meters.values(), backgrounds, strict=True):
+        for name, background in zip(names, backgrounds, strict=True):
             masks[0] = background
-            meter.update(segment(masks, probabilities, settings.min_probability), sample.mask.to(device))
+            meters[name].update(segment(masks, probabilities, settings.min_probability), sample.mask.to(device))
+        if refined_name is not None:
+            kept = probabilities >= settings.min_probability
+            refined = refine_masks(sample.image.to(device), masks, kept, refine)
+            meters[refined_name].update(refined.argmax(dim=0), sample.mask.to(device))
         scores.update(torch.cat([probabilities, sample.labels.to(device)])[None])
     gathered, labels = scores.compute().cpu().chunk(2, dim=1)
     return Evaluation({name: meter.iou().cpu() for name, meter in meters.items()}, average_precision(gathered, labels))

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from voc.dataset.images import IGNORE, save_mask
 from voc.dataset.layout import read_classes, read_split
 from voc.dataset.splits import VOCDataset, first_with_masks, load_split
-from voc.evaluation.network import evaluate_pseudo_labels
+from voc.evaluation.network import evaluate, evaluate_pseudo_labels
+from voc.inference.masks import multi_scale_masks
+from voc.inference.refine import refine_masks
 from voc.model import Output
 from voc.self_supervision import labels_from_masks
 from voc.settings import PAPER
@@ -69,6 +71,27 @@ def test_quality_of_pseudo_labels(dataset: VOCDataset) -> None:
         either = sum(index in pair for pair in labelled)
         expected = 100 * both / either if either else float("nan")
         assert quality.iou[index].item() == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_column_of_refined_masks(dataset: VOCDataset) -> None:
+    settings = replace(PAPER, scales=(1.0,), background_power=2.0)
+    device = torch.device("cpu")
+    iou = evaluate(Halves(), dataset, settings, device, ALONE, refine="par").iou  # type: ignore[arg-type]
+    assert list(iou) == ["ours", "ours + PAR"]
+    both, either = np.zeros(6), np.zeros(6)
+    for sample in (dataset[index] for index in range(len(dataset))):
+        masks, probabilities = multi_scale_masks(Halves(), sample.image)  # type: ignore[arg-type]
+        masks[0] = masks[0] ** 2
+        refined = refine_masks(sample.image, masks, probabilities >= 0.1, "par").argmax(dim=0).numpy()
+        truth = sample.mask.numpy()
+        for index in range(6):
+            found, true = (refined == index) & (truth != IGNORE), truth == index
+            both[index] += (found & true).sum()
+            either[index] += (found | true).sum()
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_allclose(iou["ours + PAR"].numpy(), 100 * both / either, rtol=1e-5)
+    assert not torch.equal(iou["ours"], iou["ours + PAR"])
+    assert list(evaluate(Halves(), dataset, settings, device, ALONE).iou) == ["ours"]  # type: ignore[arg-type]
 
 
 def test_images_without_masks_are_left_out(toy_root: Path, tmp_path: Path) -> None:
