@@ -96,7 +96,13 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
         state = TrainingState(network_settings, data.train.split.classes, accelerator)
         train(state, data)
         state.load_best()
-        report.add(state.name, evaluate(state.result, data.test, network_settings, device, state.group), state.history)
+        found = evaluate(state.result, data.test, network_settings, device, state.group)
+        on_training_images = None
+        if network_settings.model == "cam" and len(data.train_with_masks) > 0:  # the background score is chosen on them
+            on_training_images = evaluate(
+                state.result, data.train_with_masks, network_settings, device, state.group
+            ).iou
+        report.add(state.name, found, state.history, on_training_images)
     if measures_pseudo_labels(state, data):
         quality = evaluate_pseudo_labels(state.result, data.train_with_masks, settings, device, state.group)
         report.pseudo_labels = quality

@@ -180,8 +180,8 @@ class Settings:
     epochs with self-supervision), as the authors choose. The loss needs image-level labels, no masks."""
 
     curve_images: int = 50
-    """Number of test images for the curve of mean IoU over epochs, and of training images for the IoU of the pseudo
-    labels; the table of results always uses all test images."""
+    """Number of test images for the curve of mean IoU over epochs, and of training images with masks for the IoU of the
+    pseudo labels and for the choice of CAM-GAP's background score; the table of results uses all test images."""
 
     workers: int = 2
     """Processes that read and augment images."""
