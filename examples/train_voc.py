@@ -96,15 +96,21 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
         state = TrainingState(network_settings, data.train.split.classes, accelerator)
         train(state, data)
         state.load_best()
-        report.add(state.name, evaluate(state.network, data.test, network_settings, device, state.group), state.history)
+        found = evaluate(state.result, data.test, network_settings, device, state.group)
+        on_training_images = None
+        if network_settings.model == "cam" and len(data.train_with_masks) > 0:  # the background score is chosen on them
+            on_training_images = evaluate(
+                state.result, data.train_with_masks, network_settings, device, state.group
+            ).iou
+        report.add(state.name, found, state.history, on_training_images)
     if measures_pseudo_labels(state, data):
-        quality = evaluate_pseudo_labels(state.network, data.train_with_masks, settings, device, state.group)
+        quality = evaluate_pseudo_labels(state.result, data.train_with_masks, settings, device, state.group)
         report.pseudo_labels = quality
     if is_main:
         minutes = (time.perf_counter() - started) / 60
         title = f"IoU (%) on {len(data.test)} test images, after {minutes:.1f} minutes"
         print(f"\n{report.write(settings.output, title, settings.classification_epochs)}\n")
-        pictures = draw(state.network, data.test, settings, device)
+        pictures = draw(state.result, data.test, settings, device)
         overlay_figure(pictures.images, pictures.masks).savefig(settings.output / "overlays.png", dpi=110)
         print(f"checkpoints, tables, curves and overlays: {settings.output}")
 
@@ -142,7 +148,7 @@ def train(state: TrainingState, data: TrainingData) -> None:
             for name, values in per_class.items():
                 for class_name, value in zip(state.classes, values.tolist(), strict=True):
                     writer.add_scalar(f"{name}/{class_name}", value, epoch)
-            pictures = draw(state.network, curve_set, replace(settings, scales=(1.0,)), accelerator.device, count=4)
+            pictures = draw(state.result, curve_set, replace(settings, scales=(1.0,)), accelerator.device, count=4)
             writer.add_figure("masks", overlay_figure(pictures.images, pictures.masks), epoch)
             writer.flush()
     if writer is not None:
@@ -154,11 +160,11 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Return the figures of an epoch, of masks, classification and pseudo labels; and those of every class [C]."""
     settings, device = state.settings, state.accelerator.device
-    found = evaluate(state.network, curve_set, settings, device, state.group, scales=(1.0,), flip=False)
+    found = evaluate(state.result, curve_set, settings, device, state.group, scales=(1.0,), flip=False)
     per_class = {"average precision": found.average_precision}
     figures = {"miou": max(map(mean_iou, found.iou.values())), "map": mean_iou(found.average_precision)}
     if measures_pseudo_labels(state, data) and state.epoch >= settings.classification_epochs:
-        quality = evaluate_pseudo_labels(state.network, data.train_with_masks, settings, device, state.group)
+        quality = evaluate_pseudo_labels(state.result, data.train_with_masks, settings, device, state.group)
         per_class["pseudo label iou"] = quality.iou[1:]
         figures |= {"pseudo label miou": mean_iou(quality.iou), "pseudo label coverage": quality.coverage}
     if settings.checkpoint == "best" and (settings.model == "cam" or state.epoch > settings.classification_epochs):
@@ -178,11 +184,11 @@ def held_out_loss(state: TrainingState, test_set: VOCDataset) -> float:
     settings, accelerator = state.settings, state.accelerator
     dataset = AugmentedDataset(test_set, TrainTransform(settings.crop_size))
     batches = GlobalBatches(len(dataset), settings.batch_size, settings.seed, epoch=0, group=state.group)
-    state.network.eval()
+    state.result.eval()
     total = torch.zeros((), device=accelerator.device)
     for batch in load_batches(dataset, batches, settings.workers):
         image, labels, mask = (part.to(accelerator.device) for part in batch[1:])
-        output = state.network(normalise(image, state.network.backbone))
+        output = state.result(normalise(image, state.result.backbone))
         total += sum(losses_of(state, output, image, labels, mask))
     return accelerator.reduce(total / len(batches), reduction="mean").item()
 
@@ -210,8 +216,9 @@ def train_epoch(
     with bar, StopRequest() as stop:
         for batch in load_batches(dataset, batches, settings.workers):
             torch.manual_seed(mix_seed(settings.seed, epoch, state.step))
+            state.begin_step(batches.steps.stop)
             losses = train_step(state, model, optimizer, batch)
-            state.step += 1
+            state.end_step(batches.steps.stop)
             # One reduction gives all processes the same mean losses and the same decision to stop.
             request = losses.new_tensor([float(stop.requested)])
             *means, stopped = accelerator.reduce(torch.cat([losses, request]), reduction="mean").tolist()

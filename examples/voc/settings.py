@@ -22,6 +22,8 @@ MINIMA = {
     "batch_size": 1,
     "crop_size": 32,
     "lr": 0,
+    "lr_decay": 0,
+    "ema_decay": 0,
     "weight_decay": 0,
     "accumulate": 1,
     "penalty_power": 0,
@@ -138,6 +140,14 @@ class Settings:
     lr: float = 1e-3
     """Learning rate of the backbone; new weights learn 10 times, new biases 20 times as fast."""
 
+    lr_decay: float = 0.0
+    """Power of the learning rate's decay: in every step the rates are (1 - steps done / all steps) ** power times those
+    of the start. 0 keeps them (the paper); 0.9 is usual for segmentation."""
+
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights, below 1: evaluation and inference use the average. 0 uses the weights
+    themselves (the paper); 0.999 is an average over about 1000 steps."""
+
     weight_decay: float = 5e-4
     """Weight decay of all weights; biases have none."""
 
@@ -170,8 +180,8 @@ class Settings:
     epochs with self-supervision), as the authors choose. The loss needs image-level labels, no masks."""
 
     curve_images: int = 50
-    """Number of test images for the curve of mean IoU over epochs, and of training images for the IoU of the pseudo
-    labels; the table of results always uses all test images."""
+    """Number of test images for the curve of mean IoU over epochs, and of training images with masks for the IoU of the
+    pseudo labels and for the choice of CAM-GAP's background score; the table of results uses all test images."""
 
     workers: int = 2
     """Processes that read and augment images."""
@@ -185,6 +195,8 @@ class Settings:
                     raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
         if not 0 <= self.mixing_rate < 1:
             raise ValueError(f"--mixing-rate must be in [0, 1), got {self.mixing_rate}")
+        if not self.ema_decay < 1:
+            raise ValueError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
         if not self.penalty_lambda > 0:
             raise ValueError(
                 f"--penalty-lambda must be greater than 0, got {self.penalty_lambda}; "

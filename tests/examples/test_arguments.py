@@ -44,6 +44,8 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--scales", "1", "0"], "--scales must be at least 0.1, got 0.0"),
         (["--mixing-rate", "1"], "--mixing-rate must be in [0, 1), got 1.0"),
+        (["--ema-decay", "1"], "--ema-decay must be in [0, 1), got 1.0"),
+        (["--lr-decay", "-1"], "--lr-decay must be at least 0, got -1.0"),
         (["--penalty-lambda", "0"], "--penalty-lambda must be greater than 0, got 0.0"),
     ],
 )

@@ -121,6 +121,45 @@ def test_going_on_from_any_epoch(finished: Path, tmp_path: Path) -> None:
     assert len(read_checkpoint(tmp_path / "single_stage.pt")["progress"]["history"]) == 3
 
 
+def test_decay_and_average_go_on_too(
+    finished: Path, toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    trained: list[dict[str, torch.Tensor]] = []
+
+    def recorded_step(state: Any, *args: Any) -> torch.Tensor:
+        if len(rates) == 4:
+            signal.raise_signal(signal.SIGINT)
+        losses = train_step(state, *args)
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        trained.append({key: value.clone().double() for key, value in state.network.state_dict().items()})
+        return losses
+
+    train_step = train_voc.train_step
+    arguments = [*QUICK, "--data", str(toy_root), "--no-baseline", "--lr-decay", "0.9", "--ema-decay", "0.5"]
+    assert main([*arguments, "--output", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(train_voc, "train_step", recorded_step)
+    assert main([*arguments, "--output", str(tmp_path / "parts")]) == 130
+    assert main(["--resume", str(tmp_path / "parts")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    factors = [(1 - step / 6) ** 0.9 for step in range(6)]
+    assert [rate / rates[0] for rate in rates] == pytest.approx(factors)
+
+    checkpoint = read_checkpoint(tmp_path / "parts/single_stage.pt")
+    expected = weights_of(finished / "single_stage_001.pt")  # only for the names
+    for key in expected:
+        assert torch.equal(checkpoint["progress"]["weights"][key].double(), trained[-1][key])
+        if expected[key].is_floating_point():
+            # The last three weights of the average; the earlier ones are in what is left.
+            decays = [min(0.5, (1 + step) / (10 + step)) for step in range(6)]
+            mean = trained[0][key]
+            for decay, weights in zip(decays[1:], trained[1:], strict=True):
+                mean = decay * mean + (1 - decay) * weights[key]
+            # The start, which is not recorded here, has a share of decays[0] * ... * decays[5] < 0.001.
+            limit = 2e-3 * (1 + mean.abs())
+            assert ((checkpoint["model"][key].double() - mean).abs() < limit).all()
+
+
 def test_the_best_epoch_makes_the_results(toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([0.3, 0.1, 0.2])
     evaluated = []

@@ -27,15 +27,23 @@ class Report:
     histories: dict[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     pseudo_labels: PseudoLabelQuality | None = None
 
-    def add(self, name: str, evaluation: Evaluation, history: Sequence[Mapping[str, float]]) -> None:
+    def add(
+        self,
+        name: str,
+        evaluation: Evaluation,
+        history: Sequence[Mapping[str, float]],
+        on_training_images: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Add a network.
 
         CAM-GAP has one column per background score. The table shows the first, which is the authors', and the one with
-        the highest mean IoU on the test images. Our model has one column.
+        the highest mean IoU in `on_training_images`, the same columns on training images: no score is chosen on test
+        images. Our model has one column.
         """
-        first, *_ = evaluation.iou
-        best = max(evaluation.iou, key=lambda column: mean_iou(evaluation.iou[column], self.rows))
-        self.iou |= {column: evaluation.iou[column] for column in (first, best)}
+        columns = list(evaluation.iou)[:1]
+        if on_training_images is not None:
+            columns.append(max(evaluation.iou, key=lambda column: mean_iou(on_training_images[column], self.rows)))
+        self.iou |= {column: evaluation.iou[column] for column in columns}
         self.average_precision[name] = evaluation.average_precision
         self.histories[name] = history
 

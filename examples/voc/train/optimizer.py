@@ -27,6 +27,27 @@ def freeze_norm_statistics(model: Network) -> None:
                 layer.eval()
 
 
+def decay_factor(done: int, total: int, power: float) -> float:
+    """Return the factor of the learning rates after `done` of `total` steps: 1 at first, 0 after the last step."""
+    return max(0.0, 1 - done / total) ** power
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, updates: int) -> None:
+    """Move the averaged weights and BatchNorm statistics towards those of the model: decay * average + rest * model.
+
+    The decay is (1 + updates) / (10 + updates) at most, where `updates` is the number of earlier ones: the start of the
+    training is forgotten sooner.
+    """
+    decay = min(decay, (1 + updates) / (10 + updates))
+    current = model.state_dict()
+    for key, value in average.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(current[key], 1 - decay)
+        else:  # BatchNorm's number of batches
+            value.copy_(current[key])
+
+
 def build_optimizer(model: Network, lr: float, weight_decay: float) -> torch.optim.SGD:
     """Return SGD with the learning-rate multiples of the paper's implementation; biases are not decayed."""
     new = {id(p) for module in model.new_modules() for p in module.parameters()}

@@ -1,5 +1,6 @@
 """The state of a training that is saved and resumed: network, optimizer, and progress."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,10 +9,10 @@ import torch
 from accelerate import Accelerator
 
 from ..checkpoints import CheckpointError, read_checkpoint, save_checkpoint
-from ..model import build_model
+from ..model import Network, build_model
 from ..settings import Settings
 from .distribution import Group, share_batch_statistics
-from .optimizer import build_optimizer, freeze
+from .optimizer import build_optimizer, decay_factor, freeze, update_average
 from .seeds import seed_everything
 
 LOSSES = ("loss", "classification", "segmentation")
@@ -35,6 +36,8 @@ class TrainingState:
         if self.group.size > 1:
             share_batch_statistics(self.network)
         self.optimizer = build_optimizer(self.network, settings.lr, settings.weight_decay)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.average = copy.deepcopy(self.network).eval().requires_grad_(False) if settings.ema_decay > 0 else None
         self.epoch, self.step = 1, 0
         self.sums = [0.0] * len(LOSSES)
         self.history: list[dict[str, float]] = []
@@ -46,6 +49,27 @@ class TrainingState:
     def name(self) -> str:
         """Return the name of the method."""
         return "CAM-GAP" if self.settings.model == "cam" else "ours"
+
+    @property
+    def result(self) -> Network:
+        """Return the network that is evaluated and saved for inference: the average, if there is one."""
+        return self.network if self.average is None else self.average
+
+    def begin_step(self, steps_per_epoch: int) -> None:
+        """Set the learning rates of the next step, if they decay."""
+        settings = self.settings
+        if settings.lr_decay > 0:
+            done = (self.epoch - 1) * steps_per_epoch + self.step
+            factor = decay_factor(done, settings.epochs * steps_per_epoch, settings.lr_decay)
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * factor
+
+    def end_step(self, steps_per_epoch: int) -> None:
+        """Count the step, and average the weights."""
+        if self.average is not None:
+            updates = (self.epoch - 1) * steps_per_epoch + self.step
+            update_average(self.average, self.network, self.settings.ema_decay, updates)
+        self.step += 1
 
     def end_epoch(self, figures: Mapping[str, float]) -> None:
         """Record the mean losses and other figures of the epoch, save, and move on to the next epoch.
@@ -74,7 +98,7 @@ class TrainingState:
         if self.best_epoch is not None:
             self.accelerator.wait_for_everyone()
             path = self.settings.output / f"{self.settings.model}_best.pt"
-            self.network.load_state_dict(read_checkpoint(path)["model"])
+            self.result.load_state_dict(read_checkpoint(path)["model"])
 
     def save(self, suffix: str = "") -> None:
         """Write a checkpoint into the output folder."""
@@ -89,14 +113,18 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
+        if self.average is not None:
+            progress["weights"] = self.network.state_dict()
         path = self.settings.output / f"{self.settings.model}{suffix}.pt"
-        save_checkpoint(path, self.network, self.settings, self.classes, progress)
+        save_checkpoint(path, self.result, self.settings, self.classes, progress)
 
     def _restore(self, path: Path) -> None:
         checkpoint = read_checkpoint(path)
         progress = checkpoint["progress"]
         try:
-            self.network.load_state_dict(checkpoint["model"])
+            self.result.load_state_dict(checkpoint["model"])
+            # Without an average, the weights in training are those of the model.
+            self.network.load_state_dict(progress.get("weights", checkpoint["model"]))
             self.optimizer.load_state_dict(progress["optimizer"])
             self.epoch, self.step = progress["epoch"], progress["step"]
             self.sums, self.history = progress["sums"], progress["history"]

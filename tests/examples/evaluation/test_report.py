@@ -1,0 +1,31 @@
+"""Which columns of CAM-GAP the report shows."""
+
+import torch
+from voc.evaluation.network import Evaluation
+from voc.evaluation.report import Report
+
+
+def percent(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+TEST = {"score 0.1": percent(10, 20), "score 0.2": percent(90, 80), "score 0.3": percent(30, 40)}
+TRAINING = {"score 0.1": percent(50, 20), "score 0.2": percent(40, 50), "score 0.3": percent(10, 60)}
+
+
+def columns(rows: list[int], training: dict[str, torch.Tensor] | None) -> list[str]:
+    report = Report(("background", "cat"), rows)
+    report.add("CAM-GAP", Evaluation(TEST, percent(50)), [], training)
+    for name, iou in report.iou.items():
+        assert torch.equal(iou, TEST[name])
+    return list(report.iou)
+
+
+def test_the_score_is_chosen_on_training_images() -> None:
+    assert columns([0, 1], TRAINING) == ["score 0.1", "score 0.2"]
+    assert columns([1], TRAINING) == ["score 0.1", "score 0.3"]
+    assert columns([0], TRAINING) == ["score 0.1"]
+
+
+def test_without_training_masks_there_is_no_choice() -> None:
+    assert columns([0, 1], None) == ["score 0.1"]
