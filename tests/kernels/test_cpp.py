@@ -127,6 +127,18 @@ def test_weights_are_widened_as_they_are_read(function: Propagate, mask_dtype: t
 
 
 @needs_compiler
+def test_reads_negated_views_and_ignores_the_default_device() -> None:
+    negated = torch.complex(torch.rand(1, 3, 5, 6), -torch.rand(1, 3, 5, 6)).conj().imag
+    assert negated.is_neg()
+    with torch.device("meta"):
+        affinity = pamr_affinity(negated, [1], backend="cpp")
+        refined = pamr_propagate(negated, affinity, [1], 1, "cpp")
+    plain = negated.resolve_neg()
+    assert torch.equal(affinity, pamr_affinity(plain, [1], backend="cpp"))
+    assert torch.equal(refined, pamr_propagate(plain, affinity, [1], 1, "cpp"))
+
+
+@needs_compiler
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_infinity_makes_its_neighbourhood_nan(variant: VariantName) -> None:
     image = torch.rand(1, 3, 9, 9)

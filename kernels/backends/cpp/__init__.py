@@ -30,7 +30,7 @@ __all__ = [
 CACHED_WEIGHTS_BYTES = 24 * 2**20
 CHUNK_BYTES, CHUNK_BYTES_FROM_MEMORY = 4 * 2**20, 24 * 2**20
 
-# 13 rows of so many channels, and their weights, fit a first-level cache of so many bytes; half fits 32 KiB.
+# A row of pixels reads 13 rows (6 dilations). For 12 channels, they and the weights fit a first-level cache of 48 KiB.
 GROUP, GROUP_OF_SMALL_CACHE, GROUP_CACHE_BYTES = 12, 6, 48 * 2**10
 
 # What kernels.cpp calls the types of the weights that it reads.
@@ -52,7 +52,7 @@ def empty_affinity(image: Tensor, neighbours: int) -> Tensor:
 
 def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Tensor) -> None:
     """Fill `out`, of `empty_affinity`, with the affinity of an image [B, K, H, W]."""
-    image = image.to(torch.float64 if variant.in_double else torch.float32)
+    image = image.to(torch.float64 if variant.in_double else torch.float32).resolve_neg()
     task = library.Affinity(
         image.data_ptr(),
         image.stride(),
@@ -87,10 +87,12 @@ def _propagate(
     mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, counts: Tensor | None, transposed: bool
 ) -> Tensor:
     dtype = torch.promote_types(mask.dtype, torch.float32)
-    rows = affinity.transpose(1, 2).contiguous()  # no copy of what `affinity` above has made
-    masks = mask.to(dtype)
-    empty = torch.empty if counts is None else torch.zeros
-    result = empty(mask.shape, dtype=dtype)
+    rows = affinity.transpose(1, 2).contiguous().resolve_neg()  # no copy of what `affinity` above has made
+    masks = mask.to(dtype).resolve_neg()
+    if counts is None:
+        result = masks.new_empty(masks.shape)
+    else:
+        counts, result = counts.contiguous(), masks.new_zeros(masks.shape)
     _, neighbours, height, width = affinity.shape
     weights_bytes = neighbours * height * width * rows.itemsize
     chunk_bytes = CHUNK_BYTES if weights_bytes <= CACHED_WEIGHTS_BYTES else CHUNK_BYTES_FROM_MEMORY
@@ -129,7 +131,8 @@ def _first_level_cache() -> int:
 def _run(function: str, task: ctypes.Structure) -> None:
     """Call a function of the library with the memory that it asks for."""
     loaded = library.load()
-    workspace = torch.empty(getattr(loaded, f"{function}_workspace")(task), dtype=torch.uint8)
+    size = getattr(loaded, f"{function}_workspace")(task)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     getattr(loaded, function)(task, workspace.data_ptr())
 
 

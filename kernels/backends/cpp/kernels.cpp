@@ -1,4 +1,5 @@
-// PAMR's and PAR's affinity (eq. 8) and its propagation (eq. 7), on a CPU. library.py compiles it, __init__.py calls it.
+// The affinity of PAMR and PAR (eq. 8) and its propagation (eq. 7) on a CPU. library.py compiles it, __init__.py calls
+// it. Nothing is allocated here: a caller asks `*_workspace` how many bytes to pass.
 //
 // Maps are copied to tables [height][channels][pitch]. In a row of a table, the image starts at column `left`, and its
 // border is replicated on both sides, so that a neighbour is read like any other pixel. The transposed propagation
@@ -8,7 +9,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -133,7 +133,7 @@ static int64_t limit_threads(int64_t threads, int64_t work, int64_t grain)
     return std::clamp<int64_t>(work / grain, 1, std::max<int64_t>(threads, 1));
 }
 
-// Cuts the workspace into arrays that start at a line of their own. Without a workspace, it measures how much is needed.
+// Cuts memory into arrays that start at a cache line of their own. With no memory, it only measures how much is needed.
 struct Workspace {
     uintptr_t base;
     int64_t used = 0;
@@ -185,10 +185,10 @@ static void read_row(Real *out, const Real *image, const int64_t *strides, int64
 
 // Point to column 0 of every neighbour's row for the pixels of row y. Rows beyond the border are the border's.
 template <typename Real>
-static void find_rows(const Real **rows, const Real *tables, const Table &table, const Neighbours &neighbours, int64_t y)
+static void find_rows(const Real **rows, const Real *map, const Table &table, const Neighbours &neighbours, int64_t y)
 {
     for (int64_t n = 0; n < neighbours.count; n++)
-        rows[n] = table.row(tables, std::clamp<int64_t>(y + neighbours.dy[n], 0, table.height - 1)) + neighbours.dx[n];
+        rows[n] = table.row(map, std::clamp<int64_t>(y + neighbours.dy[n], 0, table.height - 1)) + neighbours.dx[n];
 }
 
 // ---- Affinity, eq. 8: softmax over n of -mean_k (|I_ki - I_kn| / (guard + weight sigma_ki^sigma_power))^power ----
@@ -419,7 +419,7 @@ template <typename Real> struct PropagationPlan {
     int64_t bytes() const { return shared_bytes + threads * worker_bytes; }
 };
 
-// The terms of the top row's sums in the transpose: one per row from which a neighbour is in it, or above it.
+// Return how many rows of readers the top row has: those with a neighbour in it or above it. No row has more.
 static int64_t most_readers(const Propagation &task)
 {
     int64_t count = 0;
@@ -431,7 +431,7 @@ static int64_t most_readers(const Propagation &task)
 }
 
 // float16 to float32: the exponent's bias is corrected by a multiplication, which also normalises.
-static float widen(uint16_t half, std::integral_constant<Type, FLOAT16>)
+static float widen_float16(uint16_t half)
 {
     uint32_t bits = uint32_t(half & 0x7fff) << 13, infinite = bits >= 0x0f800000 ? 0x7f800000 : 0;
     float value;
@@ -443,7 +443,7 @@ static float widen(uint16_t half, std::integral_constant<Type, FLOAT16>)
     return value;
 }
 
-static float widen(uint16_t half, std::integral_constant<Type, BFLOAT16>)
+static float widen_bfloat16(uint16_t half)
 {
     uint32_t bits = uint32_t(half) << 16;
     float value;
@@ -460,15 +460,15 @@ static void read_weights(Real *out, const void *weights, int64_t type, int64_t f
     case FLOAT64: std::copy_n((const double *)weights + first, size, out); break;
     case FLOAT32: std::copy_n((const float *)weights + first, size, out); break;
     case FLOAT16:
-        for (int64_t i = 0; i < size; i++) out[i] = widen(halves[i], std::integral_constant<Type, FLOAT16>());
+        for (int64_t i = 0; i < size; i++) out[i] = widen_float16(halves[i]);
         break;
     case BFLOAT16:
-        for (int64_t i = 0; i < size; i++) out[i] = widen(halves[i], std::integral_constant<Type, BFLOAT16>());
+        for (int64_t i = 0; i < size; i++) out[i] = widen_bfloat16(halves[i]);
         break;
     }
 }
 
-// Load a register of weights. Those of float16 are widened where there is an instruction for it, and else copied before.
+// Load a register of weights. Those of float16 are widened here where there is an instruction for it.
 #ifdef __F16C__
 constexpr bool LOADS_HALVES = true;
 template <typename Real> static Vector<Real> load(const uint16_t *halves)
@@ -485,17 +485,19 @@ template <typename Real> static Vector<Real> load(const uint16_t *) { return Vec
 #endif
 
 // What pixels are summed from: weights[n][x] * rows[n][x] for all n < count, in every channel.
-template <typename Real, typename Weight> struct Terms {
+template <typename Real> struct Terms {
     const Real *const *rows;
-    const void *const *weights; // each to a row of `Weight`
+    const void *const *weights;
     int64_t count, pitch;
-    int64_t next; // from a row's weights to those of the next
-    const Real *ahead; // what the next row of pixels needs and this one does not, to be fetched meanwhile
+    // What the next row of pixels needs is fetched meanwhile: its weights, `next` elements on, and the one row of masks
+    // that was not read before.
+    int64_t next;
+    const Real *ahead;
 };
 
 // Sum `vectors` registers of pixels from column x on, in `channels` channels from `channel` on.
 template <int channels, int vectors, typename Real, typename Weight>
-static void sum(Real *out, const Terms<Real, Weight> &terms, int64_t channel, int64_t x)
+static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
 {
     constexpr int lanes = LANES<Real>;
     const int64_t pitch = terms.pitch, count = terms.count, next = terms.next, first = channel * pitch + x;
@@ -529,11 +531,11 @@ static void sum(Real *out, const Terms<Real, Weight> &terms, int64_t channel, in
 
 constexpr int most_vectors(int channels) { return std::clamp(SUMS / channels, 1, MAX_VECTORS); }
 
-template <typename Real, typename Weight> using Sum = void (*)(Real *, const Terms<Real, Weight> &, int64_t, int64_t);
+template <typename Real> using Sum = void (*)(Real *, const Terms<Real> &, int64_t, int64_t);
 
 // Return the `sum` of so many channels and registers.
 template <typename Real, typename Weight, int most_channels = MAX_CHANNELS, int most = most_vectors(most_channels)>
-static Sum<Real, Weight> find_sum(int64_t channels, int64_t vectors)
+static Sum<Real> find_sum(int64_t channels, int64_t vectors)
 {
     if constexpr (most_channels > 1)
         if (channels < most_channels) return find_sum<Real, Weight, most_channels - 1>(channels, vectors);
@@ -544,15 +546,14 @@ static Sum<Real, Weight> find_sum(int64_t channels, int64_t vectors)
 
 // Sum columns [start, end) of a row of pixels in `channels` channels, `group` at a time.
 template <typename Real, typename Weight>
-static void sum_row(Real *out, const Terms<Real, Weight> &terms, int64_t channels, int64_t group, int64_t start,
-                    int64_t end)
+static void sum_row(Real *out, const Terms<Real> &terms, int64_t channels, int64_t group, int64_t start, int64_t end)
 {
     constexpr int lanes = LANES<Real>;
     const int64_t groups = divide_up(channels, group);
     for (int64_t g = 0; g < groups; g++) {
         const int64_t channel = channels * g / groups, size = channels * (g + 1) / groups - channel;
         const int64_t vectors = most_vectors(size);
-        const Sum<Real, Weight> most = find_sum<Real, Weight>(size, vectors);
+        const Sum<Real> most = find_sum<Real, Weight>(size, vectors);
         for (int64_t x = start; x < end;) {
             // What remains in the end overlaps what is done, unless there are fewer columns than a register's.
             const int64_t rest = x > start ? divide_up(end - x, lanes) : (end - x) / lanes;
@@ -568,10 +569,10 @@ static void sum_row(Real *out, const Terms<Real, Weight> &terms, int64_t channel
 template <typename Real> struct Worker {
     const Propagation &task;
     const PropagationPlan<Real> &plan;
-    const Real **rows; // of the terms of a sum
+    const Real **rows; // of the terms of a sum, as all that follows
     const void **weights;
-    int64_t *columns;             // by how much the transpose shifts them
-    Real *copies;                 // of weights
+    int64_t *columns; // by how much the transpose shifts them
+    Real *copies;     // of weights
 
     Worker(const Propagation &task, const PropagationPlan<Real> &plan, Workspace &workspace) : task(task), plan(plan)
     {
@@ -603,17 +604,13 @@ template <typename Real> struct Worker {
         }
         const Real *ahead = table.row(from, std::min(y + 1 + task.neighbours.reach, task.height - 1));
         Real *out = table.row(to, y);
-        const int64_t next = plan.copied ? 0 : count * width, channels = table.channels;
-        const Terms<Real, Real> terms = {rows, weights, count, table.pitch, next, ahead};
-        if (plan.halves)
-            sum_row(out, Terms<Real, uint16_t>{rows, weights, count, table.pitch, next, ahead}, channels, task.group, 0, width);
-        else
-            sum_row(out, terms, channels, task.group, 0, width);
+        const Terms<Real> terms = {rows, weights, count, table.pitch, plan.copied ? 0 : count * width, ahead};
+        (plan.halves ? sum_row<Real, uint16_t> : sum_row<Real, Real>)(out, terms, table.channels, task.group, 0, width);
         for (int64_t c = 0; c < table.channels; c++) pad_sides(out + c * table.pitch, table, false);
     }
 
-    // The transpose of eq. 7 sums what a pixel's readers pass back, the pixels that it is a neighbour of. Their weights are
-    // first shifted to the column that they pass to, with zeros for the columns that they do not.
+    // The transpose of eq. 7: a pixel sums the pixels that it is a neighbour of, its readers. Their weights are copied
+    // once, shifted to the column that they read, with zeros for the columns that they do not read.
     void shift_weights(Real *shifted, int64_t image, int64_t y) const
     {
         for (int64_t n = 0; n < task.neighbours.count; n++) {
@@ -625,7 +622,7 @@ template <typename Real> struct Worker {
         }
     }
 
-    // Columns beyond the image are summed like all others, and then added to the border that they replicate.
+    // Columns beyond the image are summed like the others, and then added to the border that they replicate.
     void propagate_transposed_row(Real *to, const Real *from, const Real *shifted, const Table &table, int64_t y) const
     {
         constexpr int lanes = LANES<Real>;
@@ -635,11 +632,11 @@ template <typename Real> struct Worker {
         Real *out = table.row(to, y);
         auto sum_columns = [&](int64_t first, int64_t last, int64_t start, int64_t end) {
             const int64_t next = task.neighbours.count * plan.weights_pitch;
-            const Terms<Real, Real> terms = {rows + first, weights + first, last - first, table.pitch, next, ahead};
-            sum_row(out, terms, table.channels, task.group, start, end);
+            const Terms<Real> terms = {rows + first, weights + first, last - first, table.pitch, next, ahead};
+            sum_row<Real, Real>(out, terms, table.channels, task.group, start, end);
         };
         sum_columns(0, count, 0, width);
-        int64_t first = 0, last = count; // of the readers that reach so far, which are in order
+        int64_t first = 0, last = count; // the readers that reach these columns: find_readers sorts by column
         for (int64_t x = -lanes; x > -reach - lanes; x -= lanes) {
             while (last > 0 && columns[last - 1] >= x + lanes) last--;
             sum_columns(0, last, x, x + lanes);
@@ -658,14 +655,14 @@ template <typename Real> struct Worker {
         }
     }
 
-    // List the readers of row y, those first that pass furthest to the left. Return how many rows of them there are.
+    // List the readers of row y by their neighbour's column, leftmost first. Return how many rows of them there are.
     int64_t find_readers(const Real *from, const Real *shifted, const Table &table, int64_t y) const
     {
         const int64_t bottom = task.height - 1;
         int64_t count = 0;
         for (int64_t i = 0; i < task.neighbours.count; i++) {
             const int64_t n = task.neighbours.by_dx[i], dx = task.neighbours.dx[n], row = y - task.neighbours.dy[n];
-            // The rows at the top and at the bottom are also read in place of those beyond them.
+            // The top and the bottom row are also read in place of the rows beyond them.
             const int64_t first = y == 0 ? 0 : std::max<int64_t>(row, 0);
             const int64_t last = y == bottom ? bottom : std::min(row, bottom);
             for (int64_t p = first; p <= last; p++, count++) {
@@ -719,7 +716,8 @@ static void write_row(const Propagation &task, const Real *row, const Table &tab
 
 // Call work(slot, y) for this thread's share of the rows of all units: equal shares of channels x rows.
 template <typename Work>
-static void share_rows(const Unit *units, int64_t count, int64_t height, int64_t thread, int64_t threads, const Work &work)
+static void share_rows(const Unit *units, int64_t count, int64_t height, int64_t thread, int64_t threads,
+                       const Work &work)
 {
     int64_t total = 0, start = 0;
     for (int64_t u = 0; u < count; u++) total += (units[u].channels + 1) * height; // 1 for the weights
@@ -753,7 +751,8 @@ static void propagate_share(const Propagation &task, const PropagationPlan<Real>
         };
         each_row([&](const Unit &unit, const Table &table, int64_t slot, int64_t y) {
             auto masks = (const Real *)task.masks + unit.image * task.strides[0] + unit.channel * task.strides[1];
-            read_row(table.row(plan.tables[0] + slot * plan.table_size, y), masks, task.strides, y, table, task.transposed);
+            Real *map = plan.tables[0] + slot * plan.table_size;
+            read_row(table.row(map, y), masks, task.strides, y, table, task.transposed);
             if (task.transposed) worker.shift_weights(plan.shifted + slot * plan.shifted_size, unit.image, y);
         });
         for (int64_t t = 0; t < task.iterations; t++)

@@ -96,7 +96,7 @@ class Propagation(ctypes.Structure):
     )
 
 
-# Its functions, and what each takes beside a workspace. Their workspace's bytes are counted by `{name}_workspace`.
+# The functions and their arguments. `{name}_workspace` counts the bytes of memory that a caller passes beside them.
 FUNCTIONS = {
     "affinity_float": Affinity,
     "affinity_double": Affinity,
