@@ -72,6 +72,7 @@ class SingleStageNet(nn.Module):
         size_penalty: add the focal size penalty (eq. 5) to the class scores.
         penalty_power: p of eq. 5.
         penalty_lambda: lambda of eq. 5.
+        skip_stride8: fuse the backbone's features of stride 8 with the deep features too, beside those of conv3.
     """
 
     def __init__(
@@ -86,12 +87,20 @@ class SingleStageNet(nn.Module):
         size_penalty: bool = True,
         penalty_power: float = 3.0,
         penalty_lambda: float = 0.01,
+        skip_stride8: bool = False,
     ) -> None:
         super().__init__()
+        if skip_stride8 and backbone.stride8_channels is None:
+            raise ValueError(f"--skip-stride8 needs an EfficientNet-Lite backbone, got {type(backbone).__name__}")
         self.backbone = backbone
         self.aspp = ASPP(backbone.conv6_channels, channels, backbone.aspp_dilations)
         self.skip = conv_bn_relu(backbone.conv3_channels, SKIP_CHANNELS, 1)
-        self.fuse = conv_bn_relu(channels + SKIP_CHANNELS, channels, 3)
+        self.skip_stride8 = None
+        skip_channels = SKIP_CHANNELS
+        if skip_stride8 and backbone.stride8_channels is not None:
+            self.skip_stride8 = conv_bn_relu(backbone.stride8_channels, SKIP_CHANNELS, 1)
+            skip_channels += SKIP_CHANNELS
+        self.fuse = conv_bn_relu(channels + skip_channels, channels, 3)
         self.gci = (
             GCI(channels, shallow_channels=backbone.conv3_channels, norm=gci_norm)
             if gci
@@ -111,7 +120,8 @@ class SingleStageNet(nn.Module):
 
     def new_modules(self) -> list[nn.Module]:
         """Return the parts that start from random weights."""
-        return [self.aspp, self.skip, self.fuse, self.gci, self.decoder]
+        modules = [self.aspp, self.skip, self.fuse, self.gci, self.decoder]
+        return modules if self.skip_stride8 is None else [*modules, self.skip_stride8]
 
     def frozen_norms(self) -> list[nn.Module]:
         """Return the parts whose BatchNorm statistics are not updated in training."""
@@ -119,9 +129,14 @@ class SingleStageNet(nn.Module):
 
     def forward(self, image: Tensor) -> Output:
         """Return class scores, and masks at the resolution of conv3, of a normalised image [B, 3, H, W]."""
-        conv3, conv6 = self.backbone(image)
+        if self.skip_stride8 is None:
+            conv3, conv6 = self.backbone(image)
+            skips = [self.skip(conv3)]
+        else:
+            conv3, stride8, conv6 = self.backbone.features(image)
+            skips = [self.skip(conv3), resize(self.skip_stride8(stride8), conv3.shape[-2:])]
         deep = resize(self.aspp(conv6), conv3.shape[-2:])
-        deep = self.fuse(torch.cat([deep, self.skip(conv3)], dim=1))  # x^(d) of eq. 9
+        deep = self.fuse(torch.cat([deep, *skips], dim=1))  # x^(d) of eq. 9
         shallow = self.gci(conv3, deep)  # x^(s)*, eq. 11
         scores = self.decoder(self.gate(deep, shallow))  # y_{c,i,j}; the gate is eq. 9 in training, eq. 10 else
         background = torch.ones_like(scores[:, :1])  # y_0 = 1 everywhere (appendix B.1)
@@ -197,6 +212,7 @@ def build_model(settings: Settings, num_classes: int, backbone: Backbone | None 
         size_penalty=settings.size_penalty,
         penalty_power=settings.penalty_power,
         penalty_lambda=settings.penalty_lambda,
+        skip_stride8=settings.skip_stride8,
     )
 
 

@@ -83,6 +83,9 @@ class Settings:
     channels: int = 256
     """Width of ASPP and decoder (256 in the paper)."""
 
+    skip_stride8: bool = False
+    """Fuse features of stride 8 with the deep features too, beside those of stride 4; for EfficientNet-Lite only."""
+
     model: Literal["single_stage", "cam"] = "single_stage"
     """The paper's network, or the CAM-GAP baseline alone."""
 

@@ -158,8 +158,12 @@ def test_stages_of_efficientnet_lite(size: int, blocks: int, channels: list[int]
         for block in backbone._blocks:
             block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output.shape))
         conv3, _ = backbone(torch.empty(1, 3, 64, 64))
-    assert len(outputs) == blocks
+        same_conv3, stride8, conv6 = backbone.features(torch.empty(1, 3, 64, 64))
+    assert len(outputs) == 2 * blocks
     assert list(dict.fromkeys(shape[1] for shape in outputs)) == channels
     stride4 = [shape for shape in outputs if shape[-1] == 16]
     assert conv3.shape == stride4[-1] == (1, 24, 16, 16)
-    assert outputs[backbone.conv3_block + 1][-1] == 8  # the next block is at stride 8
+    stride8_outputs = [shape for shape in outputs if shape[-1] == 8]
+    assert same_conv3.shape == conv3.shape
+    assert stride8.shape == stride8_outputs[-1] == (1, backbone.stride8_channels, 8, 8)
+    assert conv6.shape == (1, 1280, 4, 4)

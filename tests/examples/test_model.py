@@ -1,5 +1,6 @@
 """The network, its baseline, what is frozen, and how parameters are grouped."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from voc.inference.masks import multi_scale_masks, segment
 from voc.model import ASPP, CAMNet, SingleStageNet
 from voc.train.optimizer import build_optimizer, freeze, freeze_norm_statistics
 
+from tests import reference
 from wsseg_layers import functional as WF
 
 
@@ -194,3 +196,24 @@ def test_efficientnet_weights_are_those_of_imagenet() -> None:
 def test_unknown_backbone() -> None:
     with pytest.raises(ValueError, match=r"unknown backbone 'resnet7': expected one of"):
         build_backbone("resnet7")
+
+
+def test_features_of_stride_8_in_the_skip() -> None:
+    torch.manual_seed(0)
+    backbone = EfficientNetLite0()
+    model = SingleStageNet(backbone, 3, channels=8, skip_stride8=True).eval()
+    image = torch.randn(1, 3, 64, 48)
+    seen: list[Tensor] = []
+    model.fuse.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        output = model(image)
+        conv3, stride8, conv6 = backbone.features(image)
+        assert model.skip_stride8 is not None
+        parts = [model.aspp(conv6), model.skip(conv3), model.skip_stride8(stride8)]
+    assert stride8.shape == (1, 40, 8, 6)
+    resized = [reference.resize(part.double().numpy(), 16, 12) for part in parts]
+    np.testing.assert_allclose(seen[0].numpy(), np.concatenate(resized, axis=1), atol=1e-4)
+    assert output.masks.shape == (1, 4, 16, 12)
+    assert any(module is model.skip_stride8 for module in model.new_modules())
+    with torch.device("meta"), pytest.raises(ValueError, match="--skip-stride8 needs an EfficientNet-Lite backbone"):
+        SingleStageNet(build_backbone("resnet50"), 3, skip_stride8=True)

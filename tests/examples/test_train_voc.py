@@ -307,6 +307,7 @@ def test_two_processes_have_the_losses_of_one(finished: Path, toy_root: Path, tm
         (["--no-baseline", "--loss", "published", "--classification-epochs", "0"], {"ours"}),
         (["--no-baseline", "--pamr-variant", "paper", "--gci-norm", "instance", "--checkpoint", "best"], {"ours"}),
         (["--no-baseline", "--no-gci", "--no-size-penalty", "--gate", "deterministic"], {"ours"}),
+        (["--no-baseline", "--skip-stride8"], {"ours"}),
     ],
 )
 def test_other_networks(arguments: list[str], columns: set[str], toy_root: Path, tmp_path: Path) -> None:

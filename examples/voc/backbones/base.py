@@ -25,6 +25,8 @@ class Backbone(nn.Module, ABC):
     std: tuple[float, float, float] = IMAGENET_STD
     conv3_channels: int
     conv6_channels: int
+    stride8_channels: int | None = None
+    """Channels of the features at stride 8 that `features` returns; None for a backbone without it."""
     aspp_dilations: tuple[int, int, int] = (12, 24, 36)
     bias_lr_multiple: int = 2
     weights_file: ClassVar[str]
@@ -37,6 +39,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return (conv3, conv6) of a normalised image [B, 3, H, W]."""
+
+    def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (conv3, features of stride 8, conv6) of a normalised image [B, 3, H, W]."""
+        raise NotImplementedError(f"{type(self).__name__} has no separate features of stride 8")
 
     def rename_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights of a file under this module's names, without those of its ImageNet classifier."""

