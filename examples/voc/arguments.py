@@ -9,7 +9,8 @@ from pathlib import Path
 import tyro
 
 from .backbones import BACKBONES
-from .settings import PRESETS, Settings, paper_settings
+from .presets import PRESETS, paper_settings
+from .settings import Settings
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Settings:

@@ -8,7 +8,8 @@ from .backbones import build_backbone, load_strictly, read_state_dict, unwrap_st
 from .checkpoints import Trained
 from .dataset.layout import VOC_CLASSES
 from .model import SingleStageNet
-from .settings import BackboneName, paper_settings
+from .presets import paper_settings
+from .settings import BackboneName
 
 # Published module -> ours; all other modules are in our `backbone`, under the same name.
 MODULES = {

@@ -1,7 +1,7 @@
 """The settings of a training run: every field is a command-line argument; its docstring is the argument's help."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,40 +226,3 @@ class Settings:
                 value = Path(value)
             known[key] = tuple(value) if isinstance(value, list) else value
         return cls(**known)
-
-
-PAPER = Settings()
-
-# With 3,120 photographs and the baseline, training takes 48 minutes on two CPU cores.
-PHOTOGRAPHS = replace(
-    PAPER,
-    channels=128,
-    epochs=6,
-    classification_epochs=2,
-    crop_size=193,
-    scales=(0.5, 1.0, 1.5),
-    background_power=2.0,
-    output=Path("runs/photographs"),
-)
-
-TOY = replace(PHOTOGRAPHS, epochs=9, classification_epochs=3, crop_size=129, scales=(1.0,), output=Path("runs/toy"))
-
-PRESETS = {"toy": TOY, "photographs": PHOTOGRAPHS, "paper": PAPER}
-
-# From appendix F and the authors' configuration files, whose numbers and loss made the paper's tables.
-PAPER_BACKBONES: dict[str, dict[str, Any]] = {
-    "wide_resnet38": {"epochs": 24},
-    "vgg16": {"epochs": 32, "background_power": 1.0},
-    "resnet50": {"lr": 5e-4},
-    "resnet101": {},
-}
-
-
-def paper_settings(backbone: BackboneName) -> Settings:
-    """Return the paper's settings for a backbone."""
-    settings = replace(
-        PAPER, backbone=backbone, loss="published", checkpoint="best", **PAPER_BACKBONES.get(backbone, {})
-    )
-    if backbone in ("vgg16", "resnet50", "resnet101"):
-        settings = replace(settings, crop_size=448, scales=(1.0, 0.75, 1.25, 1.5), min_probability=0.3)
-    return settings

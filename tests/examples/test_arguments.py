@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from train_voc import main, parse_arguments
-from voc.settings import PAPER, PRESETS, Settings
+from voc.presets import PAPER, PRESETS
+from voc.settings import Settings
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from train_voc import main
 from voc.backbones import build_backbone
 from voc.checkpoints import CheckpointError, load_trained, read_checkpoint, save_checkpoint
 from voc.model import build_model
-from voc.settings import PRESETS
+from voc.presets import PRESETS
 
 
 @pytest.fixture

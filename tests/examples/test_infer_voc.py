@@ -29,7 +29,8 @@ from voc.inference.masks import multi_scale_masks, segment
 from voc.inference.pictures import read_picture
 from voc.inference.refine import Refinement, refine_masks
 from voc.model import build_model
-from voc.settings import PRESETS, Settings
+from voc.presets import PRESETS
+from voc.settings import Settings
 
 SETTINGS = replace(PRESETS["toy"], channels=8, background_power=2.0, min_probability=0.2)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from voc.backbones import build_backbone, normalise
 from voc.losses import classification_loss, published_segmentation_loss
 from voc.model import SingleStageNet, resize
+from voc.presets import paper_settings
 from voc.released import load_released_checkpoint, rename_key
-from voc.settings import paper_settings
 from voc.train.optimizer import build_optimizer, freeze, freeze_norm_statistics
 
 from wsseg_layers import PAMR

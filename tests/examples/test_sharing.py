@@ -20,7 +20,7 @@ from voc.dataset.images import read_mask
 from voc.dataset.toy import OBJECTS
 from voc.inference.claims import CLAIMS, claim_outputs
 from voc.model import build_model
-from voc.settings import PRESETS
+from voc.presets import PRESETS
 
 SETTINGS = replace(PRESETS["toy"], channels=8, background_power=2.0, min_probability=0.2)
 NUM_IMAGES = 12

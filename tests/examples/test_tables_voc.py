@@ -21,7 +21,7 @@ from voc.dataset.toy import OBJECTS
 from voc.evaluation.metrics import mean_iou
 from voc.evaluation.tables import load_iou_csv
 from voc.model import build_model
-from voc.settings import PRESETS
+from voc.presets import PRESETS
 
 needs_crf = pytest.mark.skipif(importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 is not installed")
 

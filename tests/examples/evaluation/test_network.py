@@ -14,8 +14,8 @@ from voc.evaluation.network import evaluate, evaluate_pseudo_labels
 from voc.inference.masks import multi_scale_masks
 from voc.inference.refine import refine_masks
 from voc.model import Output
+from voc.presets import PAPER
 from voc.self_supervision import labels_from_masks
-from voc.settings import PAPER
 from voc.train.distribution import ALONE, Group
 
 from wsseg_layers import PAMR
