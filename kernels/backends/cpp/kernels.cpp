@@ -88,16 +88,24 @@ template <> struct Types<double> {
 template <typename Real> using Vector = typename Types<Real>::Vector;
 template <typename Real> constexpr int LANES = REGISTER / sizeof(Real);
 
-// By memcpy, which needs no alignment: clang forgets the alignment of a vector type in a template.
+// clang forgets in templates that the type needs no alignment; GCC makes slow code of memcpy with AVX2.
 template <typename Real> static Vector<Real> load(const Real *address)
 {
+#ifdef __clang__
     Vector<Real> vector;
     std::memcpy(&vector, address, sizeof vector);
     return vector;
+#else
+    return *(const Vector<Real> *)address;
+#endif
 }
 template <typename Real> static void store(Real *address, Vector<Real> vector)
 {
+#ifdef __clang__
     std::memcpy(address, &vector, sizeof vector);
+#else
+    *(Vector<Real> *)address = vector;
+#endif
 }
 
 static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
