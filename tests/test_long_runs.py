@@ -50,12 +50,15 @@ def test_memory_is_flat(layer: str) -> None:
 
     for _ in range(50):
         step()
-    before, tensors_before = resident_mib(), tensors()
-    for _ in range(500):
-        step()
-    assert tensors() <= tensors_before  # fewer when what an earlier test left goes meanwhile
-    # One map of 64 KiB kept a step would be 31 MiB.
-    assert resident_mib() - before < 8
+    tensors_before, growths = tensors(), []
+    for _ in range(2):  # a leak grows every time, the heap of the C library now and then
+        before = resident_mib()
+        for _ in range(500):
+            step()
+        growths.append(resident_mib() - before)
+    assert tensors() <= tensors_before  # fewer if what an earlier test left is freed meanwhile
+    # One map of 64 KiB kept per step would be 31 MiB.
+    assert min(growths) < 8
 
 
 def refine(seed: int) -> Tensor:
