@@ -732,7 +732,9 @@ int lattices_new(Lattices **result, const float *images, int64_t batch, int64_t 
             images ? build<5>(lattice, points, inner) : build<2>(lattice, points, inner);
             const int d = lattice.corners - 1;
             // The integral of the Gaussian, over that of a vertex: its volume, times the 2 of every axis' blur.
-            lattice.scale = std::pow(4 * M_PI / 3, d / 2.) * std::sqrt(d + 1.) / (1 << (d + 1));
+            double power = 1; // (4 pi / 3)^(d / 2), without pow: that of new C libraries is not in old ones
+            for (int i = 0; i < d; i++) power *= std::sqrt(4 * M_PI / 3);
+            lattice.scale = power * std::sqrt(d + 1.) / (1 << (d + 1));
             if (normalised) normalise(lattice, inner);
         });
         *result = lattices.release();
