@@ -96,7 +96,7 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
         state = TrainingState(network_settings, data.train.split.classes, accelerator)
         train(state, data)
         state.load_best()
-        found = evaluate(state.result, data.test, network_settings, device, state.group)
+        found = evaluate(state.result, data.test, network_settings, device, state.group, refine=settings.refine)
         on_training_images = None
         if network_settings.model == "cam" and len(data.train_with_masks) > 0:  # the background score is chosen on them
             on_training_images = evaluate(
@@ -130,11 +130,11 @@ def train(state: TrainingState, data: TrainingData) -> None:
     """
     settings, accelerator = state.settings, state.accelerator
     model, optimizer = accelerator.prepare(state.network, state.optimizer)
-    augmented = AugmentedDataset(data.train, TrainTransform(settings.crop_size))
     curve_set = VOCDataset(data.test.split.first(settings.curve_images))
     writer = SummaryWriter(str(settings.output / "tensorboard" / settings.model)) if state.group.rank == 0 else None
     while state.epoch <= settings.epochs:
         epoch = state.epoch
+        augmented = AugmentedDataset(data.train, TrainTransform(crop_size(settings, epoch)))
         train_epoch(state, model, optimizer, augmented, writer)
         figures, per_class = measure(state, data, curve_set)
         state.end_epoch(figures)
@@ -153,6 +153,13 @@ def train(state: TrainingState, data: TrainingData) -> None:
             writer.flush()
     if writer is not None:
         writer.close()
+
+
+def crop_size(settings: Settings, epoch: int) -> int:
+    """Return the side of the training crops in an epoch."""
+    if epoch <= settings.classification_epochs and settings.classification_crop_size is not None:
+        return settings.classification_crop_size
+    return settings.crop_size
 
 
 def measure(

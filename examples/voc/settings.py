@@ -21,6 +21,7 @@ MINIMA = {
     "classification_epochs": 0,
     "batch_size": 1,
     "crop_size": 32,
+    "classification_crop_size": 32,
     "lr": 0,
     "lr_decay": 0,
     "ema_decay": 0,
@@ -140,6 +141,10 @@ class Settings:
     crop_size: int = 321
     """Side of the training crops in pixels (321 in the paper)."""
 
+    classification_crop_size: int | None = None
+    """Side of the crops in the first epochs, see --classification-epochs. Small crops make these epochs fast. Default:
+    that of --crop-size."""
+
     lr: float = 1e-3
     """Learning rate of the backbone; new weights learn 10 times, new biases 20 times as fast."""
 
@@ -172,6 +177,10 @@ class Settings:
     background_power: float = 3.0
     """At test time, the power to which the background's mask is raised."""
 
+    refine: Literal["none", "pamr", "par", "crf"] = "par"
+    """The table of results has a second column, and the pictures too: the masks after 20 iterations of PAR or PAMR, or
+    after a dense CRF. `none` leaves it out."""
+
     table_classes: tuple[str, ...] = ()
     """Classes of the printed table and its mean; `background` may be one. Default: all."""
 
@@ -194,7 +203,7 @@ class Settings:
         for name, minimum in MINIMA.items():
             values = getattr(self, name)
             for value in values if isinstance(values, tuple) else (values,):
-                if not value >= minimum:
+                if value is not None and not value >= minimum:
                     raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
         if not 0 <= self.mixing_rate < 1:
             raise ValueError(f"--mixing-rate must be in [0, 1), got {self.mixing_rate}")

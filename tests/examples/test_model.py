@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from voc.backbones import Backbone, EfficientNetLite0, build_backbone, normalise, pretrained_backbone
+from voc.backbones.efficientnet_lite import SameConv2d, conv_norm
 from voc.dataset.errors import DataError
 from voc.inference.masks import multi_scale_masks, segment
 from voc.model import ASPP, CAMNet, SingleStageNet
@@ -184,13 +185,33 @@ def test_efficientnet_weights_are_those_of_imagenet() -> None:
     backbone = pretrained_backbone("efficientnet_lite0").eval()
     # The running statistics of BatchNorm fit the features only if the weights are the trained ones.
     seen: list[Tensor] = []
-    norm = backbone.get_submodule("_blocks.3._bn0")
-    norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    block = backbone.get_submodule("_blocks.3")
+    block.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     image = torch.rand(1, 3, 8, 8).repeat_interleave(20, -1).repeat_interleave(20, -2)
     with torch.no_grad():
         backbone(normalise(image, backbone))
-    deviation = seen[0].std().item()
-    assert 0.1 < deviation < 10
+        normalised = block.get_submodule("_bn0")(block.get_submodule("_expand_conv")(seen[0]))
+    assert 0.1 < normalised.std().item() < 10
+
+
+@pytest.mark.parametrize(("stride", "dilation", "side"), [(1, 1, 9), (2, 1, 8), (1, 2, 7)])
+def test_convolution_and_fixed_norm_are_one(stride: int, dilation: int, side: int) -> None:
+    torch.manual_seed(0)
+    conv = SameConv2d(6, 6, 3, stride=stride, dilation=dilation, groups=6, bias=False).double()
+    norm = nn.BatchNorm2d(6).double()
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        assert tensor is not None
+        nn.init.uniform_(tensor, 0.5, 2)
+    x = torch.randn(4, 6, side, side, dtype=torch.float64)
+    norm.train()
+    before = norm.state_dict()["running_mean"].clone()
+    torch.testing.assert_close(conv_norm(x, conv, norm).mean(dim=(0, 2, 3)), norm.bias)  # of the batch: mean is 0
+    assert not torch.equal(norm.state_dict()["running_mean"], before)
+    norm.eval()
+    direct, folded = norm(conv(x)), conv_norm(x, conv, norm)
+    torch.testing.assert_close(folded, direct)
+    gradients = [torch.autograd.grad(out.square().sum(), [conv.weight, norm.weight]) for out in (direct, folded)]
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_unknown_backbone() -> None:

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,7 +52,7 @@ MAX_STRIDE = 16  # further strides become dilations
 class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's "SAME" padding: for stride 2 and an even side, one pixel more at the end."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Pad so that the output side is ceil(side / stride), then convolve."""
         padding = []
         for side, kernel, stride, dilation in zip(
@@ -61,8 +62,17 @@ class SameConv2d(nn.Conv2d):
             padding += [total // 2, total - total // 2]
         if padding[0] == padding[1] and padding[2] == padding[3]:
             pad_h, pad_w = padding[2], padding[0]
-            return F.conv2d(input, self.weight, self.bias, self.stride, (pad_h, pad_w), self.dilation, self.groups)
-        return super().forward(F.pad(input, padding))
+            return F.conv2d(input, weight, bias, self.stride, (pad_h, pad_w), self.dilation, self.groups)
+        return F.conv2d(F.pad(input, padding), weight, bias, self.stride, 0, self.dilation, self.groups)
+
+
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """Convolve and normalise. With fixed statistics this is one convolution, which saves two passes over the maps."""
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        return norm(conv(x))
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # [out_channels]
+    shift = norm.bias - norm.running_mean * scale
+    return conv._conv_forward(x, conv.weight * scale[:, None, None, None], shift)
 
 
 class InvertedResidual(nn.Module):
@@ -87,9 +97,9 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features of the next block."""
-        out = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
-        out = F.relu6(self._bn1(self._depthwise_conv(out)))
-        out = self._bn2(self._project_conv(out))
+        out = F.relu6(conv_norm(x, self._expand_conv, self._bn0), inplace=True) if self.expands else x
+        out = F.relu6(conv_norm(out, self._depthwise_conv, self._bn1), inplace=True)
+        out = conv_norm(out, self._project_conv, self._bn2)
         return out + x if self.has_residual else out
 
 
@@ -144,14 +154,14 @@ class EfficientNetLite(Backbone):
 
     def features(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return (conv3, the last block at stride 8 [B, stride8_channels, H/8, W/8], conv6), as `forward`."""
-        x = F.relu6(self._bn0(self._conv_stem(image)))
+        x = F.relu6(conv_norm(image, self._conv_stem, self._bn0), inplace=True)
         for index, block in enumerate(self._blocks):
             x = block(x)
             if index == self.conv3_block:
                 conv3 = x
             elif index == self.stride8_block:
                 stride8 = x
-        return conv3, stride8, F.relu6(self._bn1(self._conv_head(x)))
+        return conv3, stride8, F.relu6(conv_norm(x, self._conv_head, self._bn1), inplace=True)
 
     def rename_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Leave out the ImageNet classifier."""

@@ -110,10 +110,11 @@ class Pictures(NamedTuple):
 
 @torch.no_grad()
 def draw(model: Network, dataset: VOCDataset, settings: Settings, device: torch.device, count: int = 6) -> Pictures:
-    """Return the first images, each with its mask, the pseudo label made from the mask, and the ground truth."""
+    """Return the first images: the mask, the mask refined, the pseudo label made of the mask, the ground truth."""
     model.eval()
     samples = [dataset[index] for index in range(min(count, len(dataset)))]
-    masks: dict[str, list[Tensor]] = {"mask": [], "pseudo label": [], "ground truth": []}
+    refined_title: dict[str, list[Tensor]] = {} if settings.refine == "none" else {settings.refine.upper(): []}
+    masks: dict[str, list[Tensor]] = {"mask": [], **refined_title, "pseudo label": [], "ground truth": []}
     for sample in samples:
         image = sample.image.to(device)
         averaged, probabilities = multi_scale_masks(model, image, settings.scales)
@@ -121,6 +122,9 @@ def draw(model: Network, dataset: VOCDataset, settings: Settings, device: torch.
         target = labels_from_masks(image[None], coarse, sample.labels[None].to(device), settings)
         averaged[0] = CAM_BACKGROUNDS[0] if isinstance(model, CAMNet) else averaged[0] ** settings.background_power
         masks["mask"].append(segment(averaged, probabilities, settings.min_probability).cpu())
+        for refined in refined_title.values():
+            kept = probabilities >= settings.min_probability
+            refined.append(refine_masks(image, averaged, kept, settings.refine).argmax(dim=0).cpu())
         masks["pseudo label"].append(enlarge(target, sample.mask.shape).cpu())
         masks["ground truth"].append(sample.mask)
     return Pictures([sample.image for sample in samples], masks)
