@@ -97,7 +97,7 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
         train(state, data)
         state.load_best()
         found = evaluate(state.result, data.test, network_settings, device, state.group, refine=settings.refine)
-        on_training_images = None
+        on_training_images: dict[str, Tensor] | None = {} if network_settings.model == "cam" else None
         if network_settings.model == "cam" and len(data.train_with_masks) > 0:  # the background score is chosen on them
             on_training_images = evaluate(
                 state.result, data.train_with_masks, network_settings, device, state.group

@@ -41,7 +41,7 @@ def test_the_whole_job(toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert table.strip() in printed
     classes, columns = load_iou_csv(output / "iou.csv")
     assert classes == ("background", "tiger", "flag", "ladybird", "shell", "leaf")
-    assert [name.split(" (")[0] for name in columns] in (["CAM-GAP", "ours"], ["CAM-GAP", "CAM-GAP", "ours"])
+    assert [name.split(" (")[0] for name in columns][-3:] == ["CAM-GAP", "ours", "ours + PAR"]
     assert "CAM-GAP (background 0.1)" in columns
     ap_classes, precisions = load_iou_csv(output / "average_precision.csv")
     assert ap_classes == classes[1:]
@@ -59,6 +59,21 @@ def test_the_whole_job(toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert settings.model == name
         masks, _ = multi_scale_masks(model, torch.rand(3, 40, 50))
         assert masks.shape == (6, 40, 50)
+
+
+def test_crops_of_every_epoch(toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: list[list[int]] = []
+
+    def recorded_step(*args: Any) -> torch.Tensor:
+        sides.append(list(args[-1].image.shape[-2:]))
+        return train_step(*args)
+
+    train_step = train_voc.train_step
+    monkeypatch.setattr(train_voc, "train_step", recorded_step)
+    options = ["--no-baseline", "--refine", "none", "--classification-crop-size", "49"]
+    assert main([*QUICK, "--data", str(toy_root), "--output", str(tmp_path), *options]) == 0
+    assert sides == [[49, 49]] * 3 + [[65, 65]] * 3
+    assert list(load_iou_csv(tmp_path / "iou.csv")[1]) == ["ours"]
 
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:

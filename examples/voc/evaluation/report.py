@@ -36,12 +36,15 @@ class Report:
     ) -> None:
         """Add a network.
 
-        CAM-GAP has one column per background score. The table shows the first, which is the authors', and the one with
-        the highest mean IoU in `on_training_images`, the same columns on training images: no score is chosen on test
-        images. Our model has one column.
+        All columns of our model are shown. CAM-GAP has one column per background score. The table shows the first,
+        which is the authors', and the one with the highest mean IoU in `on_training_images`, the same columns on
+        training images with masks: no score is chosen on test images. It is empty if there are no such images, and None
+        for our model.
         """
-        columns = list(evaluation.iou)[:1]
+        columns = list(evaluation.iou)
         if on_training_images is not None:
+            columns = columns[:1]
+        if on_training_images:
             columns.append(max(evaluation.iou, key=lambda column: mean_iou(on_training_images[column], self.rows)))
         self.iou |= {column: evaluation.iou[column] for column in columns}
         self.average_precision[name] = evaluation.average_precision

@@ -28,4 +28,8 @@ def test_the_score_is_chosen_on_training_images() -> None:
 
 
 def test_without_training_masks_there_is_no_choice() -> None:
-    assert columns([0, 1], None) == ["score 0.1"]
+    assert columns([0, 1], {}) == ["score 0.1"]
+
+
+def test_all_columns_of_our_model() -> None:
+    assert columns([0, 1], None) == list(TEST)
