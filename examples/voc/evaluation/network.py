@@ -51,33 +51,37 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the single-stage model, or CAM-GAP for several background scores.
 
-    With `refine`, the single-stage model has a second column, "ours + PAR" for "par". Each process evaluates its share
-    of the images; the result is that of all images.
+    With `refine`, every column has a second one of the refined masks, such as "ours + PAR". Each process evaluates its
+    share of the images; the result is that of all images.
     """
     model.eval()
     is_cam = isinstance(model, CAMNet)
     names = [f"CAM-GAP (background {score})" for score in CAM_BACKGROUNDS] if is_cam else ["ours"]
-    refined_name = None if is_cam or refine == "none" else f"ours + {refine.upper()}"
-    columns = names if refined_name is None else [*names, refined_name]
-    meters = {name: IoUMeter(1 + len(dataset.split.classes)) for name in columns}
+    columns = names if refine == "none" else [column for name in names for column in (name, refined_name(name, refine))]
+    meters = {column: IoUMeter(1 + len(dataset.split.classes)) for column in columns}
     for meter in meters.values():
         meter.confusion.to(device)
     scores = CatMetric(nan_strategy="ignore").to(device)  # rows of probabilities and labels [2 C]
     indices = range(group.rank, len(dataset), group.size)
     for index in tqdm(indices, "evaluating", leave=False, disable=group.rank > 0):
         sample = dataset[index]
-        masks, probabilities = multi_scale_masks(model, sample.image.to(device), scales or settings.scales, flip)
+        image, target = sample.image.to(device), sample.mask.to(device)
+        masks, probabilities = multi_scale_masks(model, image, scales or settings.scales, flip)
         backgrounds = masks.new_tensor(CAM_BACKGROUNDS) if is_cam else [masks[0] ** settings.background_power]
         for name, background in zip(names, backgrounds, strict=True):
             masks[0] = background
-            meters[name].update(segment(masks, probabilities, settings.min_probability), sample.mask.to(device))
-        if refined_name is not None:
-            kept = probabilities >= settings.min_probability
-            refined = refine_masks(sample.image.to(device), masks, kept, refine)
-            meters[refined_name].update(refined.argmax(dim=0), sample.mask.to(device))
+            meters[name].update(segment(masks, probabilities, settings.min_probability), target)
+            if refine != "none":
+                refined = refine_masks(image, masks, probabilities >= settings.min_probability, refine)
+                meters[refined_name(name, refine)].update(refined.argmax(dim=0), target)
         scores.update(torch.cat([probabilities, sample.labels.to(device)])[None])
     gathered, labels = scores.compute().cpu().chunk(2, dim=1)
     return Evaluation({name: meter.iou().cpu() for name, meter in meters.items()}, average_precision(gathered, labels))
+
+
+def refined_name(column: str, refine: Refinement) -> str:
+    """Return the name of the column with the refined masks of a column."""
+    return f"{column} + {refine.upper()}"
 
 
 @torch.no_grad()
@@ -113,8 +117,10 @@ def draw(model: Network, dataset: VOCDataset, settings: Settings, device: torch.
     """Return the first images: the mask, the mask refined, the pseudo label made of the mask, the ground truth."""
     model.eval()
     samples = [dataset[index] for index in range(min(count, len(dataset)))]
-    refined_title: dict[str, list[Tensor]] = {} if settings.refine == "none" else {settings.refine.upper(): []}
-    masks: dict[str, list[Tensor]] = {"mask": [], **refined_title, "pseudo label": [], "ground truth": []}
+    titles = ["mask", "pseudo label", "ground truth"]
+    if settings.refine != "none":
+        titles.insert(1, refined_name("mask", settings.refine))
+    masks: dict[str, list[Tensor]] = {title: [] for title in titles}
     for sample in samples:
         image = sample.image.to(device)
         averaged, probabilities = multi_scale_masks(model, image, settings.scales)
@@ -122,9 +128,10 @@ def draw(model: Network, dataset: VOCDataset, settings: Settings, device: torch.
         target = labels_from_masks(image[None], coarse, sample.labels[None].to(device), settings)
         averaged[0] = CAM_BACKGROUNDS[0] if isinstance(model, CAMNet) else averaged[0] ** settings.background_power
         masks["mask"].append(segment(averaged, probabilities, settings.min_probability).cpu())
-        for refined in refined_title.values():
+        if settings.refine != "none":
             kept = probabilities >= settings.min_probability
-            refined.append(refine_masks(image, averaged, kept, settings.refine).argmax(dim=0).cpu())
+            refined = refine_masks(image, averaged, kept, settings.refine).argmax(dim=0)
+            masks[refined_name("mask", settings.refine)].append(refined.cpu())
         masks["pseudo label"].append(enlarge(target, sample.mask.shape).cpu())
         masks["ground truth"].append(sample.mask)
     return Pictures([sample.image for sample in samples], masks)

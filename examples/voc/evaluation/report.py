@@ -36,16 +36,17 @@ class Report:
     ) -> None:
         """Add a network.
 
-        All columns of our model are shown. CAM-GAP has one column per background score. The table shows the first,
-        which is the authors', and the one with the highest mean IoU in `on_training_images`, the same columns on
-        training images with masks: no score is chosen on test images. It is empty if there are no such images, and None
-        for our model.
+        All columns of our model are shown. CAM-GAP has columns for every background score. The table shows those of the
+        authors' score, which is the first, and of the score with the highest mean IoU on training images with masks: no
+        score is chosen on test images. `on_training_images` has the IoU there, by column without refinement. It is
+        empty if there are no such images, and None for our model.
         """
         columns = list(evaluation.iou)
         if on_training_images is not None:
-            columns = columns[:1]
-        if on_training_images:
-            columns.append(max(evaluation.iou, key=lambda column: mean_iou(on_training_images[column], self.rows)))
+            shown = columns[:1]
+            if on_training_images:
+                shown.append(max(on_training_images, key=lambda name: mean_iou(on_training_images[name], self.rows)))
+            columns = [column for column in columns if column.split(" + ")[0] in shown]
         self.iou |= {column: evaluation.iou[column] for column in columns}
         self.average_precision[name] = evaluation.average_precision
         self.histories[name] = history

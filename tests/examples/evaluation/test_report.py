@@ -31,5 +31,12 @@ def test_without_training_masks_there_is_no_choice() -> None:
     assert columns([0, 1], {}) == ["score 0.1"]
 
 
+def test_refined_masks_stand_beside_the_chosen_ones() -> None:
+    report = Report(("background", "cat"), [0, 1])
+    refined = {f"{name} + PAR": 1 + iou for name, iou in TEST.items()}
+    report.add("CAM-GAP", Evaluation(TEST | refined, percent(50)), [], TRAINING)
+    assert set(report.iou) == {"score 0.1", "score 0.1 + PAR", "score 0.2", "score 0.2 + PAR"}
+
+
 def test_all_columns_of_our_model() -> None:
     assert columns([0, 1], None) == list(TEST)
