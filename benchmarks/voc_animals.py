@@ -67,7 +67,8 @@ MIN_PROBABILITIES = (0.1, 0.2, 0.3, 0.5)
 
 # A training that takes seconds.
 SMOKE = shlex.split(
-    "--preset toy --epochs 2 --classification-epochs 1 --crop-size 65 --channels 8 --batch-size 4 --workers 1"
+    "--preset toy --epochs 2 --classification-epochs 1 --crop-size 65 --classification-crop-size 65 --channels 8 "
+    "--batch-size 4 --scales 1 --workers 1"
 )
 
 

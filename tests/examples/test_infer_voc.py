@@ -32,7 +32,7 @@ from voc.model import build_model
 from voc.presets import PRESETS
 from voc.settings import Settings
 
-SETTINGS = replace(PRESETS["toy"], channels=8, background_power=2.0, min_probability=0.2)
+SETTINGS = replace(PRESETS["toy"], channels=8, scales=(1.0,), background_power=2.0, min_probability=0.2)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from voc.inference.claims import CLAIMS, claim_outputs
 from voc.model import build_model
 from voc.presets import PRESETS
 
-SETTINGS = replace(PRESETS["toy"], channels=8, background_power=2.0, min_probability=0.2)
+SETTINGS = replace(PRESETS["toy"], channels=8, scales=(1.0,), background_power=2.0, min_probability=0.2)
 NUM_IMAGES = 12
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 

@@ -27,8 +27,8 @@ from voc.inference.masks import multi_scale_masks
 from voc.train.batches import AugmentedDataset
 
 QUICK = shlex.split(
-    "--preset toy --epochs 2 --classification-epochs 1 --crop-size 65 --channels 8 --batch-size 4 --workers 0 "
-    "--device cpu"
+    "--preset toy --epochs 2 --classification-epochs 1 --crop-size 65 --classification-crop-size 65 --channels 8 "
+    "--batch-size 4 --scales 1 --workers 0 --device cpu"
 )
 
 
