@@ -118,7 +118,8 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
 def networks(settings: Settings) -> list[Settings]:
     """Return the settings of each network to train: of the baseline, if it is wanted, and of the model."""
     if settings.baseline and settings.model == "single_stage" and settings.supervision == "labels":
-        return [replace(settings, model="cam"), settings]
+        lr = settings.lr if settings.baseline_lr is None else settings.baseline_lr
+        return [replace(settings, model="cam", lr=lr), settings]
     return [settings]
 
 

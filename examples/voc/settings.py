@@ -23,6 +23,7 @@ MINIMA = {
     "crop_size": 32,
     "classification_crop_size": 32,
     "lr": 0,
+    "baseline_lr": 0,
     "lr_decay": 0,
     "ema_decay": 0,
     "weight_decay": 0,
@@ -147,6 +148,9 @@ class Settings:
 
     lr: float = 1e-3
     """Learning rate of the backbone; new weights learn 10 times, new biases 20 times as fast."""
+
+    baseline_lr: float | None = None
+    """Learning rate of the CAM-GAP baseline's backbone. Default: that of --lr."""
 
     lr_decay: float = 0.0
     """Power of the learning rate's decay: in every step the rates are (1 - steps done / all steps) ** power times those
