@@ -13,10 +13,10 @@ from ..backbones import normalise
 from ..dataset.images import IGNORE
 from ..dataset.splits import VOCDataset
 from ..inference.masks import multi_scale_masks, segment
-from ..inference.refine import Refinement, refine_masks
+from ..inference.refine import refine_masks
 from ..model import CAMNet, Network
 from ..self_supervision import labels_from_masks
-from ..settings import Settings
+from ..settings import Refinement, Settings
 from ..train.distribution import Group
 from .metrics import IoUMeter, average_precision, class_metrics
 

@@ -38,9 +38,9 @@ class Report:
 
         CAM-GAP has one column per background score. The table shows the first, which is the authors', and the one with
         the highest mean IoU in `on_training_images`, the same columns on training images: no score is chosen on test
-        images. Our model has one column.
+        images. Our model has one column, and another one if its masks are refined.
         """
-        columns = list(evaluation.iou)[:1]
+        columns = list(evaluation.iou)[:1] if name == "CAM-GAP" else list(evaluation.iou)
         if on_training_images is not None:
             columns.append(max(evaluation.iou, key=lambda column: mean_iou(on_training_images[column], self.rows)))
         self.iou |= {column: evaluation.iou[column] for column in columns}
