@@ -240,7 +240,7 @@ def run_one(comparison: Comparison, data: Path, name: str, seed: int, others: Se
 
 def check_same_run(folder: Path, settings: Settings) -> None:
     """Raise a ValueError if the run in a folder was made with other settings than these."""
-    free = ("resume", "device", "workers")  # they do not change what is trained
+    free = ("resume", "device", "workers", "refine")  # they do not change what is trained
     wanted, found = asdict(settings), asdict(run_settings(folder))
     for key, value in wanted.items():
         if key not in free and value != found[key]:
