@@ -1,58 +1,146 @@
-"""Write results/dense_crf.md: the dense CRF beside pydensecrf2, and the lattice beside the exact sum.
+"""Write results/dense_crf.md: `DenseCRF` beside pydensecrf2, and the lattice beside the exact sum.
 
-    python -m benchmarks.dense_crf FOLDER_OF_PHOTOGRAPHS
+    python -m benchmarks.dense_crf VOC_ROOT [--checkpoint FILE]
 
-needs `pip install pydensecrf2`. The scores are smooth random numbers, so that most pixels are undecided: no training is
-needed, and the CRF decides.
+VOC_ROOT is a data set in VOC's layout, whose images of the split `val` have masks. pydensecrf2 is in the extra `dev`.
+The scores of the timed images are smooth random numbers, so that most pixels are undecided: no training is needed, and
+the CRF decides.
 """
 
-import platform
+import os
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from PIL import Image
 from torch import Tensor
+from tyro.conf import Positional, arg
 
-from wsseg_layers import DenseCRF, DenseEnergyLoss
-from wsseg_layers.functional import bilateral_filter
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-RESULT = Path(__file__).resolve().parent / "results/dense_crf.md"
-PHOTOGRAPHS, ROUNDS = 10, 5
-SIZES = ((240, 320, 3), (375, 500, 21))
+from voc.dataset.layout import find_images, read_split  # noqa: E402
+from voc.evaluation.tables import markdown  # noqa: E402
+
+from benchmarks.crf_iou import compare_iou, iou_text  # noqa: E402
+from benchmarks.crf_peer import pydensecrf  # noqa: E402
+from benchmarks.measure import resident_memory  # noqa: E402
+from benchmarks.processor import cpu_model  # noqa: E402
+from wsseg_layers import DenseCRF, DenseEnergyLoss, __version__  # noqa: E402
+from wsseg_layers.functional import bilateral_filter  # noqa: E402
+
+EXACT = 5  # photographs for exact sums, each of which takes a second
 SIGMAS = ((3.0, None), (80.0, 13.0), (50.0, 15.0), (20.0, 13.0), (10.0, 30.0))
 
 
-def main() -> int:
-    """Measure, and write the tables. Returns the exit code."""
-    if len(sys.argv) != 2:
-        print(__doc__, file=sys.stderr)
+@dataclass(frozen=True)
+class Arguments:
+    """Write the page of `DenseCRF`."""
+
+    data: Annotated[Positional[Path], arg(metavar="VOC_ROOT")]
+    """Root of a data set in VOC's layout."""
+
+    checkpoint: Path | None = None
+    """Checkpoint of train_voc.py whose masks both CRFs refine. Default: masks made from the ground truth."""
+
+    images: int = 40
+    """Number of images for the comparison of mean IoU."""
+
+    table_classes: tuple[str, ...] = ()
+    """Classes of the mean IoU; `background` may be one. Default: all."""
+
+    page: Path = ROOT / "benchmarks/results/dense_crf.md"
+    """The file to write."""
+
+    smoke: bool = False
+    """Small sizes, to see that everything works."""
+
+
+class Size(NamedTuple):
+    """Images [batch, 3, height, width] with this number of classes."""
+
+    batch: int
+    height: int
+    width: int
+    classes: int
+
+    def __str__(self) -> str:
+        """Return the size as in the tables."""
+        batch = f"{self.batch} x " if self.batch > 1 else ""
+        return f"{batch}{self.width} x {self.height}, {self.classes} classes"
+
+
+class Plan(NamedTuple):
+    """What is measured."""
+
+    photographs: int
+    rounds: int
+    timed: Sequence[Size]
+    memory: Sequence[Size]
+    exact: tuple[int, int]  # height and width of the images for exact sums
+
+
+FULL = Plan(
+    10,
+    15,
+    (Size(1, 240, 320, 3), Size(1, 375, 500, 21), Size(16, 193, 193, 3)),
+    (Size(1, 1500, 2000, 3), Size(1, 1500, 2000, 21)),
+    (72, 96),
+)
+SMOKE = Plan(2, 2, (Size(1, 24, 32, 3), Size(2, 20, 20, 3)), (Size(1, 60, 80, 3),), (12, 16))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, and write the page. Returns the exit code."""
+    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
+    plan = SMOKE if arguments.smoke else FULL
+    threads = torch.get_num_threads()
+    try:
+        torch.manual_seed(0)
+        files = find_images(arguments.data, read_split(arguments.data, "val"))[: plan.photographs]
+        header = heading(files)
+        where = "masks of a network" if arguments.checkpoint else "masks made from the ground truth by noise and blur"
+        compared = compare_iou(arguments.data, arguments.images, arguments.checkpoint, arguments.table_classes)
+        parts = [
+            "# `DenseCRF` beside pydensecrf2",
+            header,
+            f"## Agreement\n\n{agreement(files, plan)}",
+            iou_text(compared, where),
+            f"## Time\n\n{times(files, plan)}",
+            f"## Memory\n\n{memory(files, plan)}",
+            f"## The lattice beside the exact sum\n\n{lattice_errors(files[:EXACT], plan)}",
+        ]
+    except (ImportError, ValueError) as error:  # the errors of the data are ValueErrors
+        print(f"dense_crf.py: error: {error}", file=sys.stderr)
         return 2
-    torch.manual_seed(0)
-    files = sorted(Path(sys.argv[1]).glob("*.jpg"))[:PHOTOGRAPHS]
-    parts = [
-        f"`python -m benchmarks.dense_crf` on {processor()}, PyTorch {torch.__version__}, {len(files)} photographs.",
-        "## Beside pydensecrf2",
-        beside_pydensecrf(files),
-        "## The lattice beside the exact sum",
-        lattice_errors(files),
-    ]
-    RESULT.write_text("\n\n".join(parts) + "\n")
-    print(RESULT.read_text())
+    finally:
+        torch.set_num_threads(threads)
+    arguments.page.write_text("\n\n".join(parts) + "\n")
+    print(arguments.page.read_text())
     return 0
 
 
-def processor() -> str:
-    """Return the name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def heading(files: Sequence[Path]) -> str:
+    """Return what was measured where."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = f"PyTorch {torch.__version__}, pydensecrf2 {version('pydensecrf2')}, wsseg_layers {__version__}"
+    busy = f"load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else "load unknown"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"`python -m benchmarks.dense_crf`, {date.today()}, {cpu_model()}, {capability}, {cores} cores,"
+        f" {busy}.\n{versions}. {len(files)} photographs, scaled to the sizes below."
+    )
 
 
 def photograph(file: Path, height: int, width: int) -> Tensor:
@@ -68,81 +156,95 @@ def smooth_scores(channels: int, height: int, width: int) -> Tensor:
     return F.interpolate(3 * coarse, size=(height, width), mode="bilinear").softmax(dim=1)
 
 
-def pydensecrf(image: Tensor, scores: Tensor) -> Tensor:
-    """Return what pydensecrf2 makes of one image, with its wrapper's conversions."""
-    from pydensecrf.densecrf import DenseCRF2D
-
-    _, channels, height, width = scores.shape
-    crf = DenseCRF2D(width, height, channels)
-    crf.setUnaryEnergy(np.ascontiguousarray(-scores[0].clamp(min=1e-5).log().reshape(channels, -1).numpy()))
-    crf.addPairwiseGaussian(sxy=3, compat=3)
-    rgb = np.ascontiguousarray(image[0].permute(1, 2, 0).byte().numpy())
-    crf.addPairwiseBilateral(sxy=80, srgb=13, rgbim=rgb, compat=10)
-    return torch.from_numpy(np.array(crf.inference(10))).view(1, channels, height, width)
+def draw(files: Sequence[Path], size: Size) -> tuple[Tensor, Tensor]:
+    """Return a batch of photographs and scores."""
+    chosen = [files[index % len(files)] for index in range(size.batch)]
+    images = torch.cat([photograph(file, size.height, size.width) for file in chosen])
+    return images, torch.cat([smooth_scores(size.classes, size.height, size.width) for _ in chosen])
 
 
-def fastest(functions: dict[str, Callable[[], object]], clock: Callable[[], float]) -> dict[str, float]:
-    """Return the shortest time of each function in milliseconds, of alternating calls."""
-    times = {name: float("inf") for name in functions}
-    for _ in range(ROUNDS):
-        for name, function in functions.items():
-            start = clock()
-            function()
-            times[name] = min(times[name], 1000 * (clock() - start))
-    return times
-
-
-def beside_pydensecrf(files: list[Path]) -> str:
-    """Return the table of agreement and time."""
-    crf = DenseCRF()
-
-    def threads(count: int, image: Tensor, scores: Tensor) -> Callable[[], object]:
-        def call() -> None:
-            torch.set_num_threads(count)
-            crf(image, scores)
-
-        return call
-
-    lines = [
-        "| size, classes | equal labels | mean difference | largest | pydensecrf2, CPU ms | one thread, CPU ms |"
-        " pydensecrf2, ms | one thread, ms | two threads, ms |",
-        "|:--|" + "--:|" * 8,
-    ]
-    for height, width, channels in SIZES:
+def agreement(files: Sequence[Path], plan: Plan) -> str:
+    """Return the table of labels and marginals, of single images."""
+    lines = [["size", "equal labels, lowest of all photographs", "mean difference of marginals", "largest difference"]]
+    for size in (one for one in plan.timed if one.batch == 1):
         equal, mean, largest = [], [], []
         for file in files:
-            image, scores = photograph(file, height, width), smooth_scores(channels, height, width)
-            theirs, ours = pydensecrf(image, scores), crf(image, scores)
-            equal.append((theirs.argmax(dim=1) == ours.argmax(dim=1)).float().mean())
-            mean.append((theirs - ours).abs().mean())
-            largest.append((theirs - ours).abs().max())
-        image, scores = photograph(files[0], height, width), smooth_scores(channels, height, width)
-        compared = {"theirs": lambda: pydensecrf(image, scores), "one": threads(1, image, scores)}  # noqa: B023
-        cpu = fastest(compared, time.process_time)
-        wall = fastest({**compared, "two": threads(2, image, scores)}, time.perf_counter)
-        lines.append(
-            f"| {width} x {height}, {channels} | {100 * torch.stack(equal).min():.3f} % | {max(mean):.1e} |"
-            f" {max(largest):.1e} | {cpu['theirs']:.0f} | {cpu['one']:.0f} | {wall['theirs']:.0f} | {wall['one']:.0f} |"
-            f" {wall['two']:.0f} |"
-        )
-    images = torch.cat([photograph(file, 193, 193) for file in files * 2])[:16]
-    scores = torch.cat([smooth_scores(3, 193, 193) for _ in images])
-    batch = fastest({str(count): threads(count, images, scores) for count in (1, 2)}, time.perf_counter)
-    cpu = fastest({"1": threads(1, images, scores)}, time.process_time)
-    return "\n".join(lines) + (
-        f"\n\nA batch of {len(images)} crops of 193 x 193 with 3 classes: {batch['1']:.0f} ms on one thread"
-        f" (CPU time {cpu['1']:.0f} ms), {batch['2']:.0f} ms on two."
+            image, scores = draw([file], size)
+            theirs, ours = pydensecrf(image, scores), DenseCRF()(image, scores)
+            equal.append(float((theirs.argmax(dim=1) == ours.argmax(dim=1)).float().mean()))
+            mean.append(float((theirs - ours).abs().mean()))
+            largest.append(float((theirs - ours).abs().max()))
+        lines.append([str(size), f"{100 * min(equal):.3f} %", f"{max(mean):.1e}", f"{max(largest):.1e}"])
+    return markdown(lines)
+
+
+def with_threads(count: int, images: Tensor, scores: Tensor) -> None:
+    """Call our CRF."""
+    torch.set_num_threads(count)
+    DenseCRF()(images, scores)
+
+
+def loop(images: Tensor, scores: Tensor) -> None:
+    """Call pydensecrf2 for every image. It has one thread."""
+    for image, own in zip(images, scores, strict=True):
+        pydensecrf(image[None], own[None])
+
+
+def times(files: Sequence[Path], plan: Plan) -> str:
+    """Return the table of times: medians over the rounds."""
+    titles = ["size", "pydensecrf2", "one thread", "two threads"]
+    lines = [[*titles, "ratio, one thread", "ratio, two threads", "ratio of CPU time, one thread"]]
+    for size in plan.timed:
+        inputs = draw(files, size)
+        calls: dict[str, Callable[[], None]] = {
+            "theirs": partial(loop, *inputs),
+            "one": partial(with_threads, 1, *inputs),
+            "two": partial(with_threads, 2, *inputs),
+        }
+        wall: dict[str, list[float]] = {name: [] for name in calls}
+        cpu: dict[str, list[float]] = {name: [] for name in calls}
+        for index in range(1 + plan.rounds):
+            for name, call in calls.items():
+                started = time.perf_counter(), time.thread_time()
+                call()
+                ended = time.perf_counter(), time.thread_time()
+                if index > 0:  # the first round warms up
+                    wall[name].append(1000 * (ended[0] - started[0]))
+                    cpu[name].append(1000 * (ended[1] - started[1]))
+        ratios = [ratio(wall["theirs"], wall[name]) for name in ("one", "two")] + [ratio(cpu["theirs"], cpu["one"])]
+        cells = [f"{statistics.median(one):.0f} ms ({min(one):.0f} to {max(one):.0f})" for one in wall.values()]
+        lines.append([str(size), *cells, *(f"{one:.1f}" for one in ratios)])
+    return (
+        f"Medians of {plan.rounds} rounds (fastest to slowest), all called in turn. pydensecrf2 has one thread. Ratios"
+        " are its time divided by that of `DenseCRF`; other processes disturb the time of the processor (CPU) less.\n\n"
+        f"{markdown(lines)}"
     )
 
 
-def lattice_errors(files: list[Path]) -> str:
-    """Return the table of errors on photographs of 128 x 96."""
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """Return the median of the ratios of neighbouring calls."""
+    return statistics.median(one / other for one, other in zip(theirs, ours, strict=True))
+
+
+def memory(files: Sequence[Path], plan: Plan) -> str:
+    """Return the table of peak memory."""
     torch.set_num_threads(1)
-    height, width = 96, 128
-    lines = [
-        "| sigma of position | of colour | normalised: relative RMS error | not normalised: sum / exact sum |",
-        "|--:|--:|--:|--:|",
-    ]
+    lines = [["size", "pydensecrf2, bytes per pixel", "`DenseCRF`, bytes per pixel"]]
+    for size in plan.memory:
+        image, scores = draw(files, size)
+        cells = []
+        for call in (lambda: pydensecrf(image, scores, 1), lambda: DenseCRF(1)(image, scores)):  # noqa: B023
+            mib = resident_memory(call)
+            cells.append("-" if mib is None else f"{mib * 2**20 / (size.height * size.width):.0f}")
+        lines.append([str(size), *cells])
+    return f"By how much a call raises the peak of the process, the result included.\n\n{markdown(lines)}"
+
+
+def lattice_errors(files: Sequence[Path], plan: Plan) -> str:
+    """Return the table of errors on small photographs."""
+    torch.set_num_threads(1)
+    height, width = plan.exact
+    lines = [["sigma of position", "of colour", "normalised: relative RMS error", "not normalised: sum / exact sum"]]
     for sigma_xy, sigma_rgb in SIGMAS:
         errors, ratios = [], []
         for file in files:
@@ -153,10 +255,9 @@ def lattice_errors(files: list[Path]) -> str:
             errors.append(float((ours - exact).norm() / exact.norm()))
             ours, exact = (bilateral_filter(values, image, *sigmas, False, name) for name in ("cpp", "eager"))
             ratios.append(float(ours.sum() / exact.sum()))
-        lines.append(
-            f"| {sigma_xy:g} | {'-' if sigma_rgb is None else f'{sigma_rgb:g}'} | {100 * np.mean(errors):.1f} % |"
-            f" {min(ratios):.2f} to {max(ratios):.2f} |"
-        )
+        colour = "-" if sigma_rgb is None else f"{sigma_rgb:g}"
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        lines.append([f"{sigma_xy:g}", colour, f"{100 * np.mean(errors):.1f} %", spread])
     equal, mean, energies = [], [], []
     for file in files:
         image, scores = photograph(file, height, width), smooth_scores(5, height, width)
@@ -168,9 +269,10 @@ def lattice_errors(files: list[Path]) -> str:
             DenseEnergyLoss(1e-7, 15, 100, 0.5, name)(image, scores, rois, labels) for name in ("cpp", "eager")
         )
         energies.append(float(one / other))
-    return "\n".join(lines) + (
-        f"\n\n`DenseCRF` with the lattice and with exact sums, 5 classes: {100 * np.mean(equal):.1f} % equal labels,"
-        f" mean difference of the marginals {np.mean(mean):.1e}. `DenseEnergyLoss`: {min(energies):.2f} to"
+    return (
+        f"{len(files)} photographs of {width} x {height} pixels.\n\n{markdown(lines)}\n\n"
+        f"`DenseCRF` with the lattice and with exact sums, 5 classes: {100 * np.mean(equal):.1f} % equal labels, mean"
+        f" difference of the marginals {np.mean(mean):.1e}. `DenseEnergyLoss`: {min(energies):.2f} to"
         f" {max(energies):.2f} times the exact value."
     )
 

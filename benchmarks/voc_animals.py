@@ -42,7 +42,6 @@ from voc.devices import choose_device  # noqa: E402
 from voc.evaluation.metrics import mean_iou  # noqa: E402
 from voc.evaluation.tables import iou_table, markdown  # noqa: E402
 from voc.files.whole import write_text_whole  # noqa: E402
-from voc.inference.crf import check_crf  # noqa: E402
 from voc.settings import Settings  # noqa: E402
 
 from benchmarks import voc_protocol  # noqa: E402
@@ -118,7 +117,7 @@ class Comparison:
     """File of image-level labels. Default: VOC_ROOT/image_labels.txt if there is one, else as in train_voc.py."""
 
     columns: tuple[ColumnName, ...] = ("pamr", "par", "crf")
-    """Columns of refined masks beside the raw ones. `crf` needs the extra `crf`."""
+    """Columns of refined masks beside the raw ones."""
 
     table_classes: tuple[str, ...] = ANIMALS
     """Classes of the table and its mean."""
@@ -168,8 +167,6 @@ def prepare(comparison: Comparison, root: Path | None, others: Sequence[str]) ->
     """Return the comparison, the root of its data, and the other arguments of every training; wrong ones are errors."""
     if not comparison.seeds:
         raise ValueError("--seeds needs at least one seed")
-    if "crf" in comparison.columns:
-        check_crf()
     if comparison.smoke:
         data = toy_voc(comparison.output / "data", num_train=8, num_val=2)
         classes = ("background", *read_classes(data))
@@ -219,12 +216,7 @@ def run_one(comparison: Comparison, data: Path, name: str, seed: int, others: Se
 
     def measure() -> Any:
         found = voc_protocol.measure(
-            network(),
-            load_set(settings, data, "val"),
-            settings.scales,
-            choices,
-            comparison.columns,
-            max(1, settings.workers),
+            network(), load_set(settings, data, "val"), settings.scales, choices, comparison.columns
         )
         return {protocol: {column: iou.tolist() for column, iou in by.items()} for protocol, by in found.items()}
 
@@ -249,7 +241,7 @@ def run_one(comparison: Comparison, data: Path, name: str, seed: int, others: Se
 
 def check_same_run(folder: Path, settings: Settings) -> None:
     """Raise a ValueError if the run in a folder was made with other settings than these."""
-    free = ("resume", "device", "workers")  # they do not change what is trained
+    free = ("resume", "device", "workers", "refine")  # they do not change what is trained
     wanted, found = asdict(settings), asdict(run_settings(folder))
     for key, value in wanted.items():
         if key not in free and value != found[key]:

@@ -1,26 +1,21 @@
 """From a trained network to IoU: choices on masks of the training split, then one look at the validation split."""
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import nullcontext
 from itertools import product
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
+from voc.crf import crf_marginals
 from voc.dataset.splits import Sample, VOCDataset
 from voc.evaluation.metrics import class_metrics, confusion_matrix, mean_iou
-from voc.inference.crf import crf_segment, start_workers
 from voc.inference.masks import multi_scale_masks
 from voc.model import CAMNet, Network
 
 from wsseg_layers import PAMR, PAR
 
-RefinementName = Literal["pamr", "par"]
+RefinementName = Literal["pamr", "par"]  # with settings to choose
 ColumnName = Literal["pamr", "par", "crf"]
 ProtocolName = Literal["own", "given"]
 
@@ -82,6 +77,11 @@ class Candidates(NamedTuple):
         num_iter, dilations = refinement
         layer = PAMR(num_iter, dilations) if name == "pamr" else PAR(dilations, num_iter)
         return self._replace(masks=layer(image[None], self.masks[None])[0])
+
+    def refine_by_crf(self, image: Tensor) -> "Candidates":
+        """Return the candidates after the dense CRF, which has the settings of the paper's authors."""
+        all_classes = torch.ones(1, len(self.classes), dtype=torch.bool)
+        return self._replace(masks=crf_marginals(image[None], self.masks[None], all_classes)[0])
 
 
 def candidates(model: Network, masks: Tensor, probabilities: Tensor, cut: Cut) -> Candidates:
@@ -180,33 +180,17 @@ def measure(
     scales: Sequence[float],
     choices: Mapping[ProtocolName, Choice],
     columns: Sequence[ColumnName],
-    workers: int = 1,
 ) -> dict[ProtocolName, dict[str, Tensor]]:
-    """Return the IoU per class [C + 1] in percent of every protocol, of the raw masks and of every column.
-
-    The dense CRF has the settings of the paper's authors; `workers` is the number of its processes.
-    """
+    """Return the IoU per class [C + 1] in percent of every protocol, of the raw masks and of every column."""
     counts = {protocol: {column: Count(dataset) for column in ("raw", *columns)} for protocol in PROTOCOLS}
-    waiting: deque[tuple[Count, Tensor, Future[NDArray[np.uint8]]]] = deque()
-
-    def finish_first() -> None:
-        count, target, future = waiting.popleft()
-        count.add(torch.from_numpy(future.result()).long().to(target.device), target)
-
-    with start_workers(workers) if "crf" in columns else nullcontext() as pool:
-        for sample, masks, probabilities in see(model, dataset, scales, "measuring"):
-            pixels = (255 * sample.image).round().byte().permute(1, 2, 0).cpu().numpy()  # [H, W, 3]
-            for protocol, (cut, refinements) in choices.items():
-                found = candidates(model, masks, probabilities[protocol], cut)
-                counts[protocol]["raw"].add(found.classify(), sample.mask)
-                for name, refinement in refinements.items():
-                    refined = found.refine(sample.image, name, refinement)
-                    counts[protocol][name].add(refined.classify(), sample.mask)
-                if pool is not None:
-                    future = pool.submit(crf_segment, pixels, found.masks.cpu().numpy(), found.classes)
-                    waiting.append((counts[protocol]["crf"], sample.mask, future))
-            while len(waiting) > 2 * workers:  # a bound on memory
-                finish_first()
-        while waiting:
-            finish_first()
+    for sample, masks, probabilities in see(model, dataset, scales, "measuring"):
+        for protocol, (cut, refinements) in choices.items():
+            found = candidates(model, masks, probabilities[protocol], cut)
+            by_column: dict[str, Candidates] = {"raw": found}
+            for name, refinement in refinements.items():
+                by_column[name] = found.refine(sample.image, name, refinement)
+            if "crf" in columns:
+                by_column["crf"] = found.refine_by_crf(sample.image)
+            for column, masks_of_column in by_column.items():
+                counts[protocol][column].add(masks_of_column.classify(), sample.mask)
     return {protocol: {column: count.iou() for column, count in found.items()} for protocol, found in counts.items()}

@@ -72,7 +72,7 @@ class Ablation:
     """Folder for the runs and the table."""
 
     crf: bool = False
-    """Add a column with the dense CRF (extra `crf`), as Tables 1c and 7 have."""
+    """Add a column with the dense CRF, as Tables 1c and 7 have."""
 
     dry_run: bool = False
     """Print the commands, and train nothing."""

@@ -10,7 +10,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,16 @@ from voc.checkpoints import Trained, load_trained
 from voc.dataset.errors import DataError
 from voc.dataset.images import IGNORE
 from voc.devices import choose_device
-from voc.inference.crf import check_crf
 from voc.inference.outputs import Outputs, write_scores
 from voc.inference.pipeline import Outcome, Pipeline
 from voc.inference.records import file_digest
-from voc.inference.refine import Refinement, start_refinement
+from voc.inference.refine import refinement
 from voc.inference.segmenter import Segmenter
 from voc.inference.sharing import gather, join_group, leave_group, own_device
 from voc.inference.sources import Source, add_labels, find_sources, split_sources
 from voc.model import CAMNet
 from voc.released import load_released
-from voc.settings import BackboneName
+from voc.settings import BackboneName, Refinement
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Arguments:
 
     clean: bool = False
     """Keep exactly the classes of an image's labels instead of the probable ones. `train_voc.py --supervision masks
-    --masks DIR/par` can train on these masks."""
+    --masks DIR/crf` can train on these masks."""
 
     labels: Path | None = None
     """File of image-level labels for --clean, lines `id class class ...`. Default, with --split: Annotations/*.xml
@@ -95,10 +93,10 @@ class Arguments:
     """A larger image is reduced to this number of pixels, and its mask enlarged. With the default, an image needs up to
     6 GB of memory for the default backbone, 20 classes and the paper's scales."""
 
-    refine: Refinement = "par"
+    refine: Refinement = "crf"
     """Also write the masks after a refinement that aligns them with the edges of the image, to a folder of this name:
-    par/NAME.png after 20 iterations of PAR, `pamr` after 20 of PAMR, `crf` after a dense CRF (extra `crf`) of 10
-    iterations with the parameters of the paper's authors. `none` writes masks/ only."""
+    crf/NAME.png after 10 iterations of a dense CRF with the parameters of the paper's authors, on the CPU; `par` after 20
+    of PAR, `pamr` after 20 of PAMR. `none` writes masks/ only."""
 
     overlays: bool = False
     """Also write overlays/NAME.jpg: the mask before and after the refinement, over the image as the network saw it,
@@ -112,7 +110,7 @@ class Arguments:
     per image of VOC."""
 
     workers: int = 2
-    """Threads that read images beside the network, threads that refine and write, and processes for --refine crf."""
+    """Threads that read images beside the network, and threads that refine and write."""
 
     device: str = "auto"
     """`auto` (cuda, then mps, then cpu) or any name that torch.device takes."""
@@ -150,8 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         segmenter = build_segmenter(trained, arguments)
         outputs = Outputs(arguments.output, folders(arguments), key_values(arguments))
         sources = find_all(arguments, trained.classes)
-        if arguments.refine == "crf":
-            check_crf()
         outputs.make_folders()
     except (ValueError, OSError) as error:  # the errors of data and checkpoints are ValueErrors
         say(f"error: {error}")
@@ -219,9 +215,10 @@ def run(
             say(f"skipped {source.path}: {outcome.reason}")
 
     try:
-        with bar, start_refinement(arguments.refine, arguments.workers) as refine:
+        refine = refinement(arguments.refine)
+        with bar:
             Pipeline(segmenter, arguments.max_pixels, outputs, refine, arguments.workers).run(share, sources, report)
-    except (OSError, BrokenProcessPool, MemoryError) as error:  # a full disk would stop the other images too
+    except (OSError, MemoryError) as error:  # a full disk would stop the other images too
         say(f"error: {error}")
         failed = True
     except KeyboardInterrupt:

@@ -54,7 +54,7 @@ class Arguments:
     """Backbone of the published network, for --released."""
 
     crf: bool = True
-    """Also make the rows or columns with the dense CRF (extra `crf`)."""
+    """Also make the rows or columns with the dense CRF."""
 
     output: Path = Path("runs/tables")
     """Folder for the masks and the table."""

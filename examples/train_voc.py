@@ -24,22 +24,15 @@ from voc.dataset.layout import class_indices
 from voc.dataset.splits import Sample, VOCDataset
 from voc.dataset.transforms import TrainTransform
 from voc.evaluation.metrics import mean_iou
-from voc.evaluation.network import draw, evaluate, evaluate_pseudo_labels
+from voc.evaluation.network import cam_backgrounds, draw, evaluate, evaluate_pseudo_labels
 from voc.evaluation.report import Report
 from voc.files.whole import write_text_whole
-from voc.losses import (
-    classification_loss,
-    confident_pixels,
-    mask_loss,
-    published_segmentation_loss,
-    segmentation_loss,
-)
-from voc.model import Network, Output, build_model
-from voc.self_supervision import labels_from_masks
+from voc.model import Network, build_model
 from voc.settings import Settings
 from voc.train.batches import AugmentedDataset, GlobalBatches, load_batches
 from voc.train.distribution import GlobalBatchNoise, start_accelerator
 from voc.train.errors import Interrupted, TrainingError
+from voc.train.objective import losses_of
 from voc.train.optimizer import freeze_norm_statistics
 from voc.train.seeds import mix_seed
 from voc.train.signals import StopRequest, quiet_threads, sigterm_interrupts
@@ -96,13 +89,11 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
         state = TrainingState(network_settings, data.train.split.classes, accelerator)
         train(state, data)
         state.load_best()
-        found = evaluate(state.result, data.test, network_settings, device, state.group, refine=settings.refine)
-        on_training_images: dict[str, Tensor] | None = {} if network_settings.model == "cam" else None
-        if network_settings.model == "cam" and len(data.train_with_masks) > 0:  # the background score is chosen on them
-            on_training_images = evaluate(
-                state.result, data.train_with_masks, network_settings, device, state.group
-            ).iou
-        report.add(state.name, found, state.history, on_training_images)
+        backgrounds = cam_backgrounds(state.result, data.train_with_masks, rows, network_settings, device, state.group)
+        found = evaluate(
+            state.result, data.test, network_settings, device, state.group, settings.refine, backgrounds=backgrounds
+        )
+        report.add(state.name, found, state.history)
     if measures_pseudo_labels(state, data):
         quality = evaluate_pseudo_labels(state.result, data.train_with_masks, settings, device, state.group)
         report.pseudo_labels = quality
@@ -255,33 +246,12 @@ def train_step(state: TrainingState, model: Network, optimizer: torch.optim.Opti
         with nullcontext() if index == len(passes) else accelerator.no_sync(model):
             with noise:
                 output = model(normalise(image, state.network.backbone))
-            classification, segmentation = losses_of(state, output, image, labels, mask)
-            loss = (classification + segmentation) / len(passes)
+            parts = torch.stack(losses_of(state, output, image, labels, mask))
+            loss = parts.sum() / len(passes)
             accelerator.backward(loss)
-        sums += torch.stack([loss, classification / len(passes), segmentation / len(passes)]).detach()
+        sums += torch.cat([loss[None], parts / len(passes)]).detach()
     optimizer.step()
     return sums
-
-
-def losses_of(
-    state: TrainingState, output: Output, image: Tensor, labels: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return classification and segmentation loss; a loss that this network or epoch does not have is zero."""
-    settings, accelerator = state.settings, state.accelerator
-
-    def mean_confident(target: Tensor) -> Tensor:
-        return accelerator.reduce(confident_pixels(target).float(), reduction="mean")
-
-    if settings.supervision == "masks":
-        segmentation = mask_loss(output.logits, mask, mean_confident(mask))
-        return torch.zeros_like(segmentation), segmentation
-    classification = classification_loss(output.class_scores, labels)
-    if settings.model == "cam" or state.epoch <= settings.classification_epochs:
-        return classification, torch.zeros_like(classification)
-    target = labels_from_masks(image, output.masks.detach(), labels, settings)
-    if settings.loss == "published":
-        return classification, published_segmentation_loss(output.logits, target)
-    return classification, segmentation_loss(output.logits, target, mean_confident(target))
 
 
 def check_finite(means: Sequence[float], batch: Sample, state: TrainingState) -> None:

@@ -1,8 +1,11 @@
+import subprocess
+import sys
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -91,6 +94,81 @@ def test_flips_flip_the_result(shape: tuple[int, ...], dims: tuple[int, ...], se
     scores = uniform(shape, torch.float32, "contiguous", seed + 1)
     actual = dense_crf(image.flip(dims), scores.flip(dims), 3, **SMALL, backend="eager")
     torch.testing.assert_close(actual, dense_crf(image, scores, 3, **SMALL, backend="eager").flip(dims))
+
+
+@pytest.mark.skipif("cpp" not in CPU_BACKENDS, reason="no C++ compiler")
+def test_flips_on_the_lattice() -> None:
+    differences, equal = [], []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        image = 255 * F.interpolate(torch.rand(1, 3, 6, 7), size=(50, 60), mode="bilinear")
+        scores = F.interpolate(2 * torch.randn(1, 3, 5, 6), size=(50, 60), mode="bilinear").softmax(dim=1)
+        expected = DenseCRF(backend="cpp")(image, scores)
+        for dims in ((2,), (3,), (2, 3)):
+            actual = DenseCRF(backend="cpp")(image.flip(dims), scores.flip(dims)).flip(dims)
+            differences.append((actual - expected).abs().mean())
+            equal.append((actual.argmax(dim=1) == expected.argmax(dim=1)).float().mean())
+    assert sum(differences) / len(differences) < 0.02
+    assert sum(equal) / len(equal) > 0.97
+
+
+@few
+@given(map_shapes(max_channels=4), st.sampled_from([0.0, 0.3, 200.0]), seeds)
+def test_in_a_constant_image_only_position_counts(shape: tuple[int, ...], value: float, seed: int) -> None:
+    # Exact sums only: the lattice of position and colour is another one than that of position alone.
+    image = torch.full((shape[0], 3, *shape[2:]), value)
+    scores = uniform(shape, torch.float32, "contiguous", seed)
+    actual = dense_crf(image, scores, 3, 1.0, 0.0, 1.7, 0.1, 2.5, backend="eager")
+    expected = dense_crf(torch.rand_like(image), scores, 3, 1.7, 2.5, 1.0, 1.0, 0.0, backend="eager")
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 2, 1, 700), (2, 3, 700, 1), (1, 21, 1, 1)])
+def test_lines_and_pixels(shape: tuple[int, ...], backend: BackendName) -> None:
+    image = 255 * torch.rand(shape[0], 3, *shape[2:])
+    marginals = DenseCRF(backend=backend)(image, torch.rand(shape))
+    assert marginals.shape == shape
+    torch.testing.assert_close(marginals.sum(dim=1), torch.ones(shape[0], *shape[2:]))
+
+
+@pytest.mark.parametrize("given_classes", [False, True])
+@pytest.mark.parametrize("inputs", ["probabilities", "logits"])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_nan_is_not_hidden(backend: BackendName, inputs: Any, given_classes: bool) -> None:
+    image, scores = torch.rand(2, 3, 6, 7), torch.rand(2, 3, 6, 7)
+    classes = torch.ones(2, 3, dtype=torch.bool) if given_classes else None
+    crf = DenseCRF(2, **SMALL, inputs=inputs, backend=backend)
+    expected = crf(image, scores, classes)
+    broken = scores.clone()
+    broken[1, 0, 2, 3] = torch.nan
+    found = crf(image, broken, classes)
+    assert found[1, :, 2, 3].isnan().all()
+    assert torch.equal(found[0], expected[0])
+    broken_image = image.clone()
+    broken_image[1, 2, 0, 0] = torch.inf
+    found = crf(broken_image, scores, classes)
+    assert found[1].isnan().all()
+    assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory as Linux reports it")
+@pytest.mark.skipif("cpp" not in CPU_BACKENDS, reason="no C++ compiler: exact sums of 12 million pixels take hours")
+def test_12_million_pixels_need_less_than_2_gigabytes() -> None:
+    code = """import resource, torch
+from torch.nn.functional import interpolate
+from wsseg_layers import DenseCRF
+crf = DenseCRF(1)
+crf(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8))
+image, scores = (interpolate(torch.rand(1, 3, 60, 80), size=(3000, 4000), mode="bilinear") for _ in range(2))
+image.mul_(255)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+marginals = crf(image, scores)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+assert marginals.isfinite().all()
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 0.5e9 < int(result.stdout) < 2e9
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

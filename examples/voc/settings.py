@@ -14,6 +14,7 @@ BackboneName = Literal[
     "resnet50",
     "resnet101",
 ]
+Refinement = Literal["none", "pamr", "par", "crf"]
 
 MINIMA = {
     "channels": 1,
@@ -27,6 +28,7 @@ MINIMA = {
     "lr_decay": 0,
     "ema_decay": 0,
     "weight_decay": 0,
+    "energy_loss": 0,
     "accumulate": 1,
     "penalty_power": 0,
     "pamr_iterations": 0,
@@ -102,6 +104,10 @@ class Settings:
     code: pseudo labels and cross-entropy at crop size, images counted only if the background has a pseudo label too,
     and the plain mean over images. The preset `paper` uses `published`, because it made the paper's figures."""
 
+    energy_loss: float = 0.0
+    """Weight of the dense energy loss (Tang et al., ECCV 2018) of the masks at crop size, in the epochs with
+    self-supervision; 0 leaves it out (the paper). AFA has 0.01, ToCo 0.05; the arguments of the loss are theirs."""
+
     mixing_rate: float = 0.3
     """Psi of the stochastic gate, eq. 9 (0.3 in the paper); 0 trains without the gate."""
 
@@ -163,6 +169,9 @@ class Settings:
     weight_decay: float = 5e-4
     """Weight decay of all weights; biases have none."""
 
+    pseudo_labels: Literal["pamr", "crf"] = "pamr"
+    """What refines the masks of which pseudo labels are made: PAMR (the paper), or a dense CRF at crop size."""
+
     pamr_iterations: int = 10
     """Iterations of PAMR (10 in the paper); 0 trains on unrefined masks."""
 
@@ -181,9 +190,9 @@ class Settings:
     background_power: float = 3.0
     """At test time, the power to which the background's mask is raised."""
 
-    refine: Literal["none", "pamr", "par", "crf"] = "par"
-    """The table of results has a second column, and the pictures too: the masks after 20 iterations of PAR or PAMR, or
-    after a dense CRF. `none` leaves it out."""
+    refine: Refinement = "crf"
+    """Add columns of refined masks to the table of results, and the refined masks to the pictures: `infer_voc.py` makes
+    the same. `none` leaves them out."""
 
     table_classes: tuple[str, ...] = ()
     """Classes of the printed table and its mean; `background` may be one. Default: all."""

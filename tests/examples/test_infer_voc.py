@@ -1,9 +1,7 @@
 """Masks of images from the command line: what is written, what is skipped, and what the exit code says."""
 
 import csv
-import importlib.util
 import shutil
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +18,11 @@ from infer_voc import Arguments, main
 from numpy.typing import NDArray
 from PIL import Image
 from voc.checkpoints import load_trained, save_checkpoint
+from voc.crf import crf_marginals
 from voc.dataset.images import read_image, read_mask, voc_palette
 from voc.dataset.layout import read_split
 from voc.dataset.splits import load_split_with_masks
 from voc.dataset.toy import OBJECTS
-from voc.inference.crf import crf_segment
 from voc.inference.masks import multi_scale_masks, segment
 from voc.inference.pictures import read_picture
 from voc.inference.refine import Refinement, refine_masks
@@ -404,7 +402,6 @@ def test_a_network_that_is_not_finite(
     assert skipped_lines(capsys)[0].endswith("the network's masks are not finite")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 is not installed")
 def test_crf(trained: Path, images: Path, tmp_path: Path) -> None:
     Image.new("RGB", (1, 1)).save(images / "d.png")
     arguments = ["--refine", "crf", "--workers", "1", "--clean", "--labels", str(tmp_path / "labels.txt")]
@@ -417,24 +414,14 @@ def test_crf(trained: Path, images: Path, tmp_path: Path) -> None:
         picture = read_picture(images / name, 10**6)
         masks, _ = multi_scale_masks(model, picture.tensor(), SETTINGS.scales)
         masks[0] = masks[0] ** SETTINGS.background_power
-        expected = crf_segment(picture.pixels, masks[kept].numpy(), kept)
+        classes = torch.zeros(6, dtype=torch.bool).index_fill(0, torch.tensor(kept), True)
+        expected = crf_marginals(picture.tensor()[None], masks[None], classes[None])[0].argmax(dim=0).numpy()
         np.testing.assert_array_equal(read_mask(tmp_path / f"out/crf/{name[0]}.png"), expected)
         raw = torch.zeros_like(masks).index_copy(0, torch.tensor(kept), masks[kept]).argmax(dim=0)
         np.testing.assert_array_equal(read_mask(tmp_path / f"out/masks/{name[0]}.png"), raw)
     assert infer(trained, images / "a.png", tmp_path / "all", "--refine", "crf", "--overlays", "--soft") == 0
     folders = ("masks/a.png", "crf/a.png", "overlays/a.jpg", "soft/a.npz")
     assert written(tmp_path / "all") == set(folders)
-
-
-def test_crf_without_pydensecrf(
-    trained: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "pydensecrf", None)
-    monkeypatch.delitem(sys.modules, "pydensecrf.densecrf", raising=False)
-    assert infer(trained, images, tmp_path / "out", "--refine", "crf") == 2
-    (line,) = skipped_lines(capsys)
-    assert line.startswith("infer_voc.py: error: --refine crf needs pydensecrf2")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

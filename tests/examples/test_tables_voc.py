@@ -1,6 +1,5 @@
 """The tables of the paper from untrained networks: their steps, their cells, and what is not repeated."""
 
-import importlib.util
 import json
 import shutil
 import tarfile
@@ -22,8 +21,6 @@ from voc.evaluation.metrics import mean_iou
 from voc.evaluation.tables import load_iou_csv
 from voc.model import build_model
 from voc.presets import PRESETS
-
-needs_crf = pytest.mark.skipif(importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +77,6 @@ def test_table_5(make: Make, run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert [command[-2:] for command in commands] == [["--scales", "0.5"]] * 2
 
 
-@needs_crf
 def test_table_2(make: Make, tmp_path: Path) -> None:
     assert make("2") == 0
     header, _, *rows = cells(tmp_path, "2")
@@ -89,7 +85,6 @@ def test_table_2(make: Make, tmp_path: Path) -> None:
     assert all(0 <= float(cell) <= 100 for row in rows for cell in row[1:])
 
 
-@needs_crf
 def test_the_crf_column_of_an_ablation(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "row")
     (tmp_path / "row/cam.pt").unlink()

@@ -41,9 +41,9 @@ def test_the_whole_job(toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert table.strip() in printed
     classes, columns = load_iou_csv(output / "iou.csv")
     assert classes == ("background", "tiger", "flag", "ladybird", "shell", "leaf")
-    refined = [name for name in columns if name.endswith(" + PAR")]
-    assert refined[-1] == "ours + PAR"
-    assert refined == [f"{name} + PAR" for name in columns if name not in refined]
+    refined = [name for name in columns if name.endswith(" + CRF")]
+    assert refined[-1] == "ours + CRF"
+    assert refined == [f"{name} + CRF" for name in columns if name not in refined]
     assert "CAM-GAP (background 0.1)" in columns
     ap_classes, precisions = load_iou_csv(output / "average_precision.csv")
     assert ap_classes == classes[1:]
@@ -175,6 +175,45 @@ def test_decay_and_average_go_on_too(
             # The start, which is not recorded here, has a share of decays[0] * ... * decays[5] < 0.001.
             limit = 2e-3 * (1 + mean.abs())
             assert ((checkpoint["model"][key].double() - mean).abs() < limit).all()
+
+
+def test_energy_loss_crf_pseudo_labels_and_a_column_of_the_crf(
+    finished: Path, toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+
+    def interrupted_step(*args: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 5:  # in the epoch with self-supervision
+            signal.raise_signal(signal.SIGINT)
+        return train_step(*args)
+
+    train_step = train_voc.train_step
+    options = ["--energy-loss", "0.5", "--pseudo-labels", "crf", "--refine", "crf", "--no-baseline"]
+    arguments = [*QUICK, "--data", str(toy_root), *options, "--keep-checkpoints"]
+    assert main([*arguments, "--output", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(train_voc, "train_step", interrupted_step)
+    assert main([*arguments, "--output", str(tmp_path / "parts")]) == 130
+    assert main(["--resume", str(tmp_path / "parts")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert list(load_iou_csv(tmp_path / "whole/iou.csv")[1]) == ["ours", "ours + CRF"]
+    # The epoch of classification is that of any run.
+    first, plain = (weights_of(folder / "single_stage_001.pt") for folder in (tmp_path / "whole", finished))
+    assert all(torch.equal(value, plain[key]) for key, value in first.items())
+    last, plain = (weights_of(folder / "single_stage.pt") for folder in (tmp_path / "whole", finished))
+    assert not all(torch.equal(value, plain[key]) for key, value in last.items())
+    history = read_checkpoint(tmp_path / "whole/single_stage.pt")["progress"]["history"]
+    assert history[0]["energy"] == 0 > history[1]["energy"]
+
+
+def test_a_checkpoint_of_a_version_without_energy_loss_goes_on(finished: Path, tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(finished / "single_stage_001.pt")
+    del checkpoint["progress"]["sums"][3:]
+    torch.save(checkpoint, tmp_path / "single_stage_001.pt")
+    (tmp_path / "settings.json").write_bytes((finished / "settings.json").read_bytes())
+    assert main(["--resume", str(tmp_path / "single_stage_001.pt")]) == 0
+    assert_same_run(finished, tmp_path)
 
 
 def test_the_best_epoch_makes_the_results(toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

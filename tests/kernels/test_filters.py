@@ -146,6 +146,29 @@ def test_bands_of_pixels_share_their_vertices() -> None:
 
 
 @needs_compiler
+def test_small_batches_need_no_threads_after_a_fork() -> None:
+    # A child has none of its parent's OpenMP threads: opening a parallel region would wait for them forever. (So does
+    # PyTorch's own logarithm: that is why these are logits.)
+    code = """import os, signal, sys, torch
+from wsseg_layers import DenseCRF
+from wsseg_layers.kernels import bilateral_filter
+torch.set_num_threads(2)
+def refine(batch, size):
+    image, scores = 255 * torch.rand(batch, 3, size, size), torch.rand(batch, 3, size, size)
+    DenseCRF(2, inputs="logits", backend="cpp")(image, scores)
+    bilateral_filter(scores, image, 3.0, backend="cpp")
+refine(2, 200)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    refine(4, 8)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_compiler
 def test_an_object_serves_many_calls() -> None:
     image, values = torch.rand(2, 3, 9, 8), torch.rand(2, 4, 9, 8)
     made = lattice.make_filter(image, values, Gaussian(2.9, 0.4), True)

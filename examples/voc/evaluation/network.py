@@ -13,12 +13,12 @@ from ..backbones import normalise
 from ..dataset.images import IGNORE
 from ..dataset.splits import VOCDataset
 from ..inference.masks import multi_scale_masks, segment
-from ..inference.refine import Refinement, refine_masks
+from ..inference.refine import refine_masks
 from ..model import CAMNet, Network
 from ..self_supervision import labels_from_masks
-from ..settings import Settings
+from ..settings import Refinement, Settings
 from ..train.distribution import Group
-from .metrics import IoUMeter, average_precision, class_metrics
+from .metrics import IoUMeter, average_precision, class_metrics, mean_iou
 
 CAM_BACKGROUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # the first is the authors'
 
@@ -48,15 +48,16 @@ def evaluate(
     scales: Sequence[float] | None = None,
     flip: bool = True,
     refine: Refinement = "none",
+    backgrounds: Sequence[float] = CAM_BACKGROUNDS,
 ) -> Evaluation:
-    """Evaluate the single-stage model, or CAM-GAP for several background scores.
+    """Evaluate the single-stage model, or CAM-GAP with a column for every background score.
 
     With `refine`, every column has a second one of the refined masks, such as "ours + PAR". Each process evaluates its
     share of the images; the result is that of all images.
     """
     model.eval()
     is_cam = isinstance(model, CAMNet)
-    names = [f"CAM-GAP (background {score})" for score in CAM_BACKGROUNDS] if is_cam else ["ours"]
+    names = [f"CAM-GAP (background {score})" for score in backgrounds] if is_cam else ["ours"]
     columns = names if refine == "none" else [column for name in names for column in (name, refined_name(name, refine))]
     meters = {column: IoUMeter(1 + len(dataset.split.classes)) for column in columns}
     for meter in meters.values():
@@ -67,8 +68,8 @@ def evaluate(
         sample = dataset[index]
         image, target = sample.image.to(device), sample.mask.to(device)
         masks, probabilities = multi_scale_masks(model, image, scales or settings.scales, flip)
-        backgrounds = masks.new_tensor(CAM_BACKGROUNDS) if is_cam else [masks[0] ** settings.background_power]
-        for name, background in zip(names, backgrounds, strict=True):
+        levels = masks.new_tensor(backgrounds) if is_cam else [masks[0] ** settings.background_power]
+        for name, background in zip(names, levels, strict=True):
             masks[0] = background
             meters[name].update(segment(masks, probabilities, settings.min_probability), target)
             if refine != "none":
@@ -82,6 +83,21 @@ def evaluate(
 def refined_name(column: str, refine: Refinement) -> str:
     """Return the name of the column with the refined masks of a column."""
     return f"{column} + {refine.upper()}"
+
+
+def cam_backgrounds(
+    model: Network, dataset: VOCDataset, rows: Sequence[int], settings: Settings, device: torch.device, group: Group
+) -> tuple[float, ...]:
+    """Return the background scores of CAM-GAP for the table: the authors', and the best on training images.
+
+    `dataset` has the training images with masks; no score is chosen on test images. `rows` are the classes of the mean.
+    """
+    authors = CAM_BACKGROUNDS[0]
+    if not isinstance(model, CAMNet) or len(dataset) == 0:
+        return (authors,)
+    iou = evaluate(model, dataset, settings, device, group).iou.values()
+    best, _ = max(zip(CAM_BACKGROUNDS, iou, strict=True), key=lambda pair: mean_iou(pair[1], rows))
+    return tuple(dict.fromkeys((authors, best)))
 
 
 @torch.no_grad()

@@ -27,27 +27,9 @@ class Report:
     histories: dict[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     pseudo_labels: PseudoLabelQuality | None = None
 
-    def add(
-        self,
-        name: str,
-        evaluation: Evaluation,
-        history: Sequence[Mapping[str, float]],
-        on_training_images: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Add a network.
-
-        All columns of our model are shown. CAM-GAP has columns for every background score. The table shows those of the
-        authors' score, which is the first, and of the score with the highest mean IoU on training images with masks: no
-        score is chosen on test images. `on_training_images` has the IoU there, by column without refinement. It is
-        empty if there are no such images, and None for our model.
-        """
-        columns = list(evaluation.iou)
-        if on_training_images is not None:
-            shown = columns[:1]
-            if on_training_images:
-                shown.append(max(on_training_images, key=lambda name: mean_iou(on_training_images[name], self.rows)))
-            columns = [column for column in columns if column.split(" + ")[0] in shown]
-        self.iou |= {column: evaluation.iou[column] for column in columns}
+    def add(self, name: str, evaluation: Evaluation, history: Sequence[Mapping[str, float]]) -> None:
+        """Add the columns of a network."""
+        self.iou |= evaluation.iou
         self.average_precision[name] = evaluation.average_precision
         self.histories[name] = history
 

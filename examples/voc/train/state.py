@@ -15,7 +15,7 @@ from .distribution import Group, share_batch_statistics
 from .optimizer import build_optimizer, decay_factor, freeze, update_average
 from .seeds import seed_everything
 
-LOSSES = ("loss", "classification", "segmentation")
+LOSSES = ("loss", "classification", "segmentation", "energy")
 HELD_OUT_LOSS = "held-out loss"
 
 
@@ -127,7 +127,8 @@ class TrainingState:
             self.network.load_state_dict(progress.get("weights", checkpoint["model"]))
             self.optimizer.load_state_dict(progress["optimizer"])
             self.epoch, self.step = progress["epoch"], progress["step"]
-            self.sums, self.history = progress["sums"], progress["history"]
+            self.sums = [*progress["sums"], 0.0][: len(LOSSES)]  # older checkpoints have no energy
+            self.history = progress["history"]
             if self.accelerator.scaler is not None and progress["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(progress["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:

@@ -14,6 +14,8 @@ from . import library
 
 # The widest row of values in lattice.cpp.
 MAX_CHANNELS = 24
+# A batch with fewer pixels is not worth waking threads for. In a forked process, waking them would wait forever.
+PARALLEL_PIXELS = 2**12
 ERRORS = {
     1: (MemoryError, "not enough memory for the lattice of {}"),
     2: (ValueError, "{} spans too many sigmas for the lattice: its features exceed 2^20; use backend='eager'"),
@@ -30,15 +32,16 @@ class Lattices:
         self.library = compiled
         pointer = ctypes.c_void_p()
         image = None if image is None else image.to(torch.float32).contiguous()
+        batch = 1 if image is None else len(image)
         status = self.library.lattices_new(
             ctypes.byref(pointer),
             None if image is None else image.data_ptr(),
-            1 if image is None else len(image),
+            batch,
             *size,
             gaussian.sigma_xy,
             gaussian.sigma_rgb,
             normalise,
-            torch.get_num_threads(),
+            count_threads(batch, size),
         )
         check_status(status, image, size)
         self.pointer = pointer
@@ -50,13 +53,19 @@ class Lattices:
         out = torch.empty_like(values)
         is_double = values.dtype == torch.float64
         compute = self.library.lattices_filter_double if is_double else self.library.lattices_filter_float
-        sizes = (*values.shape[:2], transposed, torch.get_num_threads())
-        check_status(compute(self.pointer, values.data_ptr(), out.data_ptr(), *sizes), values, values.shape[2:])
+        batch, channels, *size = values.shape
+        sizes = (batch, channels, transposed, count_threads(batch, size))
+        check_status(compute(self.pointer, values.data_ptr(), out.data_ptr(), *sizes), values, size)
         return out
 
     def count_vertices(self) -> int:
         """Return the number of vertices of all lattices."""
         return int(self.library.lattices_vertices(self.pointer))
+
+
+def count_threads(batch: int, size: Sequence[int]) -> int:
+    """Return the number of threads for a batch of images of size [H, W]."""
+    return torch.get_num_threads() if batch * size[0] * size[1] >= PARALLEL_PIXELS else 1
 
 
 def check_status(status: int, tensor: Tensor | None, size: Sequence[int]) -> None:
@@ -88,7 +97,7 @@ def mean_field(logits: Tensor, filters: Sequence[tuple[float, Filter]], num_iter
         out.data_ptr(),
         *logits.shape[:2],
         num_iter,
-        torch.get_num_threads(),
+        count_threads(len(logits), logits.shape[2:]),
     )
     check_status(status, logits, logits.shape[2:])
     return out

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ from voc.dataset.splits import VOCDataset, first_with_masks, load_split
 from voc.evaluation.network import evaluate, evaluate_pseudo_labels
 from voc.inference.masks import multi_scale_masks
 from voc.inference.refine import refine_masks
-from voc.model import Output
+from voc.model import Output, resize
 from voc.presets import PAPER
 from voc.self_supervision import labels_from_masks
 from voc.train.distribution import ALONE, Group
 
-from wsseg_layers import PAMR
+from wsseg_layers import PAMR, DenseCRF
 from wsseg_layers.functional import threshold_pseudo_labels
 
 
@@ -73,24 +74,25 @@ def test_quality_of_pseudo_labels(dataset: VOCDataset) -> None:
         assert quality.iou[index].item() == pytest.approx(expected, nan_ok=True)
 
 
-def test_a_column_of_refined_masks(dataset: VOCDataset) -> None:
+@pytest.mark.parametrize("method", ["par", "crf"])
+def test_a_column_of_refined_masks(method: Any, dataset: VOCDataset) -> None:
     settings = replace(PAPER, scales=(1.0,), background_power=2.0)
-    device = torch.device("cpu")
-    iou = evaluate(Halves(), dataset, settings, device, ALONE, refine="par").iou  # type: ignore[arg-type]
-    assert list(iou) == ["ours", "ours + PAR"]
+    device, title = torch.device("cpu"), f"ours + {method.upper()}"
+    iou = evaluate(Halves(), dataset, settings, device, ALONE, refine=method).iou  # type: ignore[arg-type]
+    assert list(iou) == ["ours", title]
     both, either = np.zeros(6), np.zeros(6)
     for sample in (dataset[index] for index in range(len(dataset))):
         masks, probabilities = multi_scale_masks(Halves(), sample.image)  # type: ignore[arg-type]
         masks[0] = masks[0] ** 2
-        refined = refine_masks(sample.image, masks, probabilities >= 0.1, "par").argmax(dim=0).numpy()
+        refined = refine_masks(sample.image, masks, probabilities >= 0.1, method).argmax(dim=0).numpy()
         truth = sample.mask.numpy()
         for index in range(6):
             found, true = (refined == index) & (truth != IGNORE), truth == index
             both[index] += (found & true).sum()
             either[index] += (found | true).sum()
     with np.errstate(invalid="ignore"):
-        np.testing.assert_allclose(iou["ours + PAR"].numpy(), 100 * both / either, rtol=1e-5)
-    assert not torch.equal(iou["ours"], iou["ours + PAR"])
+        np.testing.assert_allclose(iou[title].numpy(), 100 * both / either, rtol=1e-5)
+    assert not torch.equal(iou["ours"], iou[title])
     assert list(evaluate(Halves(), dataset, settings, device, ALONE).iou) == ["ours"]  # type: ignore[arg-type]
 
 
@@ -120,6 +122,23 @@ def test_pseudo_labels_of_the_settings() -> None:
     assert torch.equal(found, threshold_pseudo_labels(printed, labels))
     large = labels_from_masks(image, masks, labels, replace(settings, loss="published"))
     assert large.shape == (2, 24, 20)
+
+
+@pytest.mark.parametrize("loss", ["paper", "published"])
+def test_pseudo_labels_of_the_crf(loss: Any) -> None:
+    image, masks = torch.rand(2, 3, 24, 20), (3 * torch.randn(2, 4, 6, 5)).softmax(dim=1)
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
+    found = labels_from_masks(image, masks, labels, replace(PAPER, pseudo_labels="crf", loss=loss))
+    expected: list[Tensor] = []
+    for one, mask, kept in zip(image, masks, ([0, 1, 3], [0, 2]), strict=True):
+        refined = torch.zeros(1, 4, 24, 20)
+        large = resize(mask[None, kept], (24, 20))
+        refined[:, kept] = DenseCRF()(255 * one[None], large / large.sum(dim=1, keepdim=True))
+        size, discard = ((24, 20), "all") if loss == "published" else ((6, 5), "classes")
+        own = labels[len(expected)][None]
+        expected.append(threshold_pseudo_labels(resize(refined, size), own, discard=discard))  # type: ignore[arg-type]
+    assert torch.equal(found, torch.cat(expected))
+    assert found.unique().numel() > 1
 
 
 def test_each_process_has_its_share(dataset: VOCDataset) -> None:
