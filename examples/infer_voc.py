@@ -95,8 +95,8 @@ class Arguments:
 
     refine: Refinement = "crf"
     """Also write the masks after a refinement that aligns them with the edges of the image, to a folder of this name:
-    crf/NAME.png after 10 iterations of a dense CRF with the parameters of the paper's authors, on the CPU; `par` after 20
-    of PAR, `pamr` after 20 of PAMR. `none` writes masks/ only."""
+    crf/NAME.png after 10 iterations of a dense CRF with the parameters of the paper's authors, on the CPU; `par` after
+    20 of PAR, `pamr` after 20 of PAMR. `none` writes masks/ only."""
 
     overlays: bool = False
     """Also write overlays/NAME.jpg: the mask before and after the refinement, over the image as the network saw it,

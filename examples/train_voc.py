@@ -91,7 +91,13 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
         state.load_best()
         backgrounds = cam_backgrounds(state.result, data.train_with_masks, rows, network_settings, device, state.group)
         found = evaluate(
-            state.result, data.test, network_settings, device, state.group, settings.refine, backgrounds=backgrounds
+            state.result,
+            data.test,
+            network_settings,
+            device,
+            state.group,
+            refine=settings.refine,
+            backgrounds=backgrounds,
         )
         report.add(state.name, found, state.history)
     if measures_pseudo_labels(state, data):

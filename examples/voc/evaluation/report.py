@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..files.whole import write_text_whole
 from ..visualise import save_curves
-from .metrics import mean_iou
 from .network import Evaluation, PseudoLabelQuality
 from .tables import iou_table, save_iou_csv
 
