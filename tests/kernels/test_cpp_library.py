@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wsseg_layers.kernels import available_backends, backends, pamr_affinity, pamr_propagate
+from wsseg_layers.kernels import available_backends, backends, bilateral_filter, pamr_affinity, pamr_propagate
 from wsseg_layers.kernels.backends.cpp import library
 
 needs_compiler = pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
@@ -244,6 +244,9 @@ def test_clang(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(affinity, pamr_affinity(image, [1, 5], backend="eager"))
     expected = pamr_propagate(mask, affinity, [1, 5], 3, "eager")
     torch.testing.assert_close(pamr_propagate(mask, affinity, [1, 5], 3, "cpp"), expected)
+    # Every pixel has a simplex of its own, so that the sum is the pixel itself.
+    filtered = bilateral_filter(mask, 255 * image, 0.01, 0.01, True, "cpp")
+    torch.testing.assert_close(filtered, mask, rtol=1e-4, atol=1e-4)
 
 
 @needs_compiler
