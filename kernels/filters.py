@@ -275,7 +275,7 @@ def _refuse(what: str) -> NoReturn:
     raise NotImplementedError(f"dense_crf and DenseCRF are differentiable once, in reverse mode, and {what}")
 
 
-def _refuse_second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _refuse_second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG001
     _refuse("a second gradient was asked for")
 
 

@@ -17,7 +17,7 @@ from wsseg_layers.kernels.backends.cpp import library
 
 needs_compiler = pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
 
-AGAIN = r"every process compiles the C\+\+ of PAMR and PAR again: "
+AGAIN = r"every process compiles the C\+\+ again: "
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_compiles_for_one_thread_without_openmp(tmp_path: Path) -> None:
     compiler(tmp_path, 'case "$*" in *-fopenmp*) echo "cannot find -lomp" >&2; exit 1; esac')
     for _ in range(2):  # compiled, then kept
         with pytest.warns(
-            UserWarning, match="PAMR and PAR run on one thread: .* has no OpenMP; when it has, remove .*-serial.so"
+            UserWarning, match="PAMR, PAR and the dense CRF run on one thread: .* has no OpenMP; when it has, remove .*-serial.so"
         ):
             assert computes(library.load())
         forget()
@@ -239,7 +239,7 @@ def test_clang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "clang++")
     image, mask = torch.rand(1, 3, 9, 40), torch.rand(1, 13, 9, 40)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "PAMR and PAR run on one thread")
+        warnings.filterwarnings("ignore", "PAMR, PAR and the dense CRF run on one thread")
         affinity = pamr_affinity(image, [1, 5], backend="cpp")
     torch.testing.assert_close(affinity, pamr_affinity(image, [1, 5], backend="eager"))
     expected = pamr_propagate(mask, affinity, [1, 5], 3, "eager")

@@ -621,7 +621,6 @@ template <typename Real>
 void filter_channels(const Lattice &lattice, const Real *values, Real *out, int64_t channels, bool transposed, int64_t threads)
 {
     if (!lattice.finite) return fill_with_nan(out, channels * lattice.pixels);
-    threads = lattice.pixels < PARALLEL_PIXELS ? 1 : threads;
     // Few widths, because each is compiled: double is not made for speed.
     const int64_t widest = sizeof(Real) == 4 ? MAX_CHANNELS : 4;
     for (int64_t c = 0; c < channels; c += widest) {
@@ -723,11 +722,13 @@ void mean_field(const Array<const Lattice *> &lattices, const double *strengths,
     }
 }
 
-// Images run in parallel where there are enough of them, else the bands of one image after the other.
-template <typename Body> void for_images(int64_t batch, int64_t threads, const Body &body)
+// Images run in parallel where there are enough of them, else the bands of one image after the other. Few pixels run on
+// one thread: a forked child of a process that used threads has none of them, and would wait for them forever.
+template <typename Body> void for_images(int64_t batch, int64_t pixels, int64_t threads, const Body &body)
 {
-    const bool by_image = threads > 1 && batch >= threads;
-    parallel(batch, by_image ? threads : 1, [&](int64_t b) { body(b, by_image ? 1 : threads); });
+    const bool by_image = threads > 1 && batch >= threads && batch * pixels >= PARALLEL_PIXELS;
+    const int64_t inner = pixels < PARALLEL_PIXELS ? 1 : threads;
+    parallel(batch, by_image ? threads : 1, [&](int64_t b) { body(b, by_image ? 1 : inner); });
 }
 
 } // namespace
@@ -742,11 +743,10 @@ int lattices_new(Lattices **result, const float *images, int64_t batch, int64_t 
 {
     return guarded([&] {
         Lattices lattices(batch);
-        for_images(batch, threads, [&](int64_t b, int64_t inner) {
+        for_images(batch, height * width, threads, [&](int64_t b, int64_t inner) {
             Lattice &lattice = lattices[b];
             const int64_t pixels = height * width;
             const Points points{images ? images + b * 3 * pixels : nullptr, height, width, sigma_xy, sigma_rgb};
-            inner = pixels < PARALLEL_PIXELS ? 1 : inner;
             images ? build<5>(lattice, points, inner) : build<2>(lattice, points, inner);
             const int d = lattice.corners - 1;
             // The integral of the Gaussian, over that of a vertex: its volume, times the 2 of every axis' blur.
@@ -776,8 +776,8 @@ int64_t lattices_vertices(const Lattices *lattices)
                                int64_t transposed, int64_t threads)                                                        \
     {                                                                                                                      \
         return guarded([&] {                                                                                               \
-            for_images(batch, threads, [&](int64_t b, int64_t inner) {                                                     \
-                const Lattice &lattice = (*lattices)[lattices->size == 1 ? 0 : b];                                       \
+            for_images(batch, (*lattices)[0].pixels, threads, [&](int64_t b, int64_t inner) {                              \
+                const Lattice &lattice = (*lattices)[lattices->size == 1 ? 0 : b];                                         \
                 const int64_t first = b * channels * lattice.pixels;                                                       \
                 filter_channels<Real>(lattice, values + first, out + first, channels, transposed, inner);                  \
             });                                                                                                            \
@@ -792,7 +792,7 @@ int lattices_mean_field(const Lattices *const *filters, const double *strengths,
                         float *out, int64_t batch, int64_t channels, int64_t num_iter, int64_t threads)
 {
     return guarded([&] {
-        for_images(batch, threads, [&](int64_t b, int64_t inner) {
+        for_images(batch, (*filters[0])[0].pixels, threads, [&](int64_t b, int64_t inner) {
             Array<const Lattice *> lattices(count);
             for (int64_t f = 0; f < count; f++) lattices[f] = &(*filters[f])[filters[f]->size == 1 ? 0 : b];
             const int64_t pixels = lattices[0]->pixels, first = b * channels * pixels;
@@ -801,7 +801,6 @@ int lattices_mean_field(const Lattices *const *filters, const double *strengths,
             for (const Lattice *lattice : lattices)
                 if (!lattice->finite) return fill_with_nan(to, channels * pixels);
             const int c = int(channels);
-            inner = pixels < PARALLEL_PIXELS ? 1 : inner;
             if (c <= 4) mean_field<Row<float, 4, 1>>(lattices, strengths, from, to, c, num_iter, inner);
             else if (c <= 8) mean_field<Row<float, 8, 1>>(lattices, strengths, from, to, c, num_iter, inner);
             else if (c <= 16) mean_field<Row<float, 8, 2>>(lattices, strengths, from, to, c, num_iter, inner);

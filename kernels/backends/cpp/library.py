@@ -150,7 +150,7 @@ def _open(file: Path) -> ctypes.CDLL:
     _declare_lattice(library)
     if file.name.endswith("-serial.so"):
         warnings.warn(
-            f"PAMR and PAR run on one thread: the compiler has no OpenMP; when it has, remove {file}", stacklevel=2
+            f"PAMR, PAR and the dense CRF run on one thread: the compiler has no OpenMP; when it has, remove {file}", stacklevel=2
         )
     return library
 
@@ -183,7 +183,7 @@ def _load_or_compile(command: list[str]) -> ctypes.CDLL:
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             library = _open(_compile(command, Path(folder)))
-        warnings.warn(f"every process compiles the C++ of PAMR and PAR again: {error}", stacklevel=2)
+        warnings.warn(f"every process compiles the C++ again: {error}", stacklevel=2)
         return library
 
 
