@@ -153,5 +153,6 @@ def find_decomposition(name: str) -> ModuleType | None:
 @functools.cache
 def _warn_once(device_type: str, reasons: str) -> None:
     warnings.warn(
-        f"PAMR, PAR and the dense CRF run in plain PyTorch on device type {device_type!r}, which is slower: {reasons}", stacklevel=2
+        f"PAMR, PAR and the dense CRF run in plain PyTorch on device type {device_type!r}, which is slower: {reasons}",
+        stacklevel=2,
     )

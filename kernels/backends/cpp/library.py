@@ -150,7 +150,8 @@ def _open(file: Path) -> ctypes.CDLL:
     _declare_lattice(library)
     if file.name.endswith("-serial.so"):
         warnings.warn(
-            f"PAMR, PAR and the dense CRF run on one thread: the compiler has no OpenMP; when it has, remove {file}", stacklevel=2
+            f"PAMR, PAR and the dense CRF run on one thread: the compiler has no OpenMP; when it has, remove {file}",
+            stacklevel=2,
         )
     return library
 
