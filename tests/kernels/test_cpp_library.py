@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import warnings
@@ -108,6 +109,23 @@ def test_nothing_is_loaded_from_the_folder_of_another_user(cache: Path, monkeypa
     owner = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     with pytest.warns(UserWarning, match=f"{AGAIN}the cache folder {cache} belongs to another user"):
+        assert computes(library.load())
+    assert loaded_from(library.load()).parent != cache
+
+
+@needs_compiler
+def test_no_file_of_another_user_is_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was put there while others could write to the folder."""
+    kept = compile_quietly()
+    forget()
+    check_owner, owner = library._check_owner, os.getuid()
+
+    def of_another_user(name: str, status: os.stat_result) -> None:
+        uid = owner + 1 if stat.S_ISREG(status.st_mode) else owner
+        check_owner(name, os.stat_result((*status[:4], uid, *status[5:])))
+
+    monkeypatch.setattr(library, "_check_owner", of_another_user)
+    with pytest.warns(UserWarning, match=f"{AGAIN}the file {kept} belongs to another user"):
         assert computes(library.load())
     assert loaded_from(library.load()).parent != cache
 
