@@ -324,7 +324,8 @@ def test_every_set_of_instructions(capability: str) -> None:
 from tests.kernels.test_filters import NUMBERS, expected_sums
 from wsseg_layers.kernels import bilateral_filter
 from wsseg_layers.kernels.filters import mean_field
-assert torch.backends.cpu.get_cpu_capability() == "{capability}"
+found = torch.backends.cpu.get_cpu_capability()
+assert found.replace("NO AVX", "DEFAULT") == "{capability}"  # "NO AVX" on x86 with older torch
 for channels in (1, 3, 21):
     image, values = torch.rand(1, 3, 5, 7), torch.rand(1, channels, 5, 7)
     expected = expected_sums(values, image, (2.9, 0.4), True, "cpp")
