@@ -60,11 +60,12 @@ def test_forward_derivatives_agree_with_backward(name: str) -> None:
         result = function(forward_ad.make_dual(x, tangent))
         forward = forward_ad.unpack_dual(result).tangent
     assert forward is not None
-    # torch.func.jvp of a scalar result that is multiplied by a number is float64, whatever the layer.
+    # The derivative of a scalar result that is multiplied by a number may be float64, whatever the layer.
     torch.testing.assert_close(torch.func.jvp(function, (x,), (tangent,)), (function(x), forward), check_dtype=False)
     weight = torch.rand_like(forward)
     (backward,) = torch.autograd.grad(function(leaf), leaf, weight)
-    torch.testing.assert_close((forward * weight).sum(), (backward * tangent).sum(), rtol=1e-4, atol=1e-4)
+    forward_sum, backward_sum = (forward * weight).sum().double(), (backward * tangent).sum().double()
+    torch.testing.assert_close(forward_sum, backward_sum, rtol=1e-4, atol=1e-4)
 
 
 def test_no_forward_derivative_comes_from_the_image() -> None:
