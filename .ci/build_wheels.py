@@ -1,7 +1,7 @@
 """Build the source distribution and all wheels: `python .ci/build_wheels.py dist`.
 
-The wheels for Linux have kernels.cpp compiled for every set of instructions that `library.py` selects from. The wheel
-for all other machines has no compiled code. Needs the extra `dev`, and g++ for every machine of `INSTRUCTIONS`; on
+The wheels for Linux have the C++ compiled for every set of instructions that `library.py` selects from. The wheel for
+all other machines has no compiled code. Needs the extra `dev`, and g++ for every machine of `INSTRUCTIONS`; on
 Debian and Ubuntu: `apt-get install g++-x86-64-linux-gnu g++-aarch64-linux-gnu`.
 """
 
@@ -80,7 +80,7 @@ def add_library(pure: Path, machine: str, output: Path) -> None:
 
 
 def compile_library(machine: str, instructions: str, target: Path) -> None:
-    """Compile the sources so that its OpenMP is torch's.
+    """Compile the sources into a library whose OpenMP is torch's.
 
     torch brings its own libgomp, under a name that differs between its wheels. The library therefore names libtorch_cpu
     as what it needs, and the loader finds the functions of OpenMP among the libraries that libtorch_cpu needs. Linked

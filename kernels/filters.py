@@ -1,6 +1,6 @@
 """The operators `bilateral_filter` and `mean_field`: checks, registration with PyTorch and gradients."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from wsseg_layers._checks import (
 
 from .backends import BackendName, Filter, FilterBackend, find_filters
 from .gaussians import Gaussian
-from .operators import check_backend
+from .operators import batch_first, check_backend, is_traced
 
 
 def bilateral_filter(
@@ -81,9 +81,10 @@ def bilateral_filter(
         check_image(image, ("values", values))
         if image.requires_grad and torch.is_grad_enabled():
             raise ValueError("image must not require a gradient, because none flows to it: pass image.detach()")
-    return torch.ops.wsseg_layers.bilateral_filter(
-        values, image, float(sigma_xy), float(sigma_rgb), normalise, False, backend
-    )
+    settings = (float(sigma_xy), float(sigma_rgb), normalise, False, backend)
+    if is_traced():
+        return torch.ops.wsseg_layers.bilateral_filter(values, image, *settings)
+    return _BilateralFilter.apply(values, image, *settings)
 
 
 def mean_field(
@@ -111,7 +112,8 @@ def mean_field(
         backend: "auto", "triton", "cpp" or "eager".
 
     Returns:
-        Marginals, [B, C, H, W], in the dtype of `logits`. Differentiable once with respect to the logits.
+        Marginals, [B, C, H, W], in the dtype of `logits`. Differentiable once with respect to the logits, in reverse
+        mode.
     """
     check_maps("logits", logits)
     check_pixels("logits", logits)
@@ -124,7 +126,10 @@ def mean_field(
     check_not_negative("bilateral_weight", bilateral_weight)
     check_backend(backend)
     numbers = (gaussian_sigma_xy, gaussian_weight, bilateral_sigma_xy, bilateral_sigma_rgb, bilateral_weight)
-    return torch.ops.wsseg_layers.mean_field(logits, image.detach(), num_iter, *map(float, numbers), backend)
+    settings = (num_iter, *map(float, numbers), backend)
+    if is_traced():
+        return torch.ops.wsseg_layers.mean_field(logits, image.detach(), *settings)
+    return _MeanField.apply(logits, image.detach(), *settings)
 
 
 def check_image(image: Tensor, named: tuple[str, Tensor], image_name: str = "image") -> None:
@@ -266,8 +271,12 @@ def _backward_of_mean_field(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return gradient, None, *(None for _ in ctx.settings)
 
 
-def _refuse_second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("dense_crf and DenseCRF are differentiable once, and a second gradient was asked for")
+def _refuse(what: str) -> NoReturn:
+    raise NotImplementedError(f"dense_crf and DenseCRF are differentiable once, in reverse mode, and {what}")
+
+
+def _refuse_second_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG001
+    _refuse("a second gradient was asked for")
 
 
 torch.library.register_autograd("wsseg_layers::mean_field_gradient", _refuse_second_gradient, lib=_library)
@@ -277,3 +286,102 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "wsseg_layers::mean_field", _backward_of_mean_field, setup_context=_save_logits, lib=_library
 )
+
+
+# As in operators.py: in eager mode, torch.func and forward-mode AD need more than an operator can register.
+class _BilateralFilter(torch.autograd.Function):
+    """`bilateral_filter` in eager mode."""
+
+    @staticmethod
+    def forward(values: Tensor, image: Tensor | None, *settings: Any) -> Tensor:
+        return torch.ops.wsseg_layers.bilateral_filter(values, image, *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        _, image, *ctx.settings = inputs
+        ctx.save_for_backward(image)
+        ctx.save_for_forward(image)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *settings, transposed, backend = ctx.settings
+        gradient = _BilateralFilter.apply(grad, *ctx.saved_tensors, *settings, not transposed, backend)
+        return gradient, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _BilateralFilter.apply(tangent, *ctx.saved_tensors, *ctx.settings)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], values: Tensor, image: Tensor | None, *settings: Any
+    ) -> tuple[Tensor, int]:
+        """Filter [V, B, C, H, W]: V joins the channels where all share an image, and the batch elsewhere."""
+        values = batch_first(values, in_dims[0], info.batch_size)
+        if image is None or in_dims[1] is None:
+            joined = values.transpose(0, 1).flatten(1, 2)  # [V, B, C, H, W] -> [B, V * C, H, W]
+            result = _BilateralFilter.apply(joined, image, *settings)
+            return result.unflatten(1, (info.batch_size, values.shape[2])).transpose(0, 1), 0
+        images = batch_first(image, in_dims[1], info.batch_size).flatten(0, 1)  # [V, B, 3, H, W] -> [V * B, 3, H, W]
+        result = _BilateralFilter.apply(values.flatten(0, 1), images, *settings)
+        return result.unflatten(0, values.shape[:2]), 0
+
+
+class _MeanField(torch.autograd.Function):
+    """`mean_field` in eager mode."""
+
+    @staticmethod
+    def forward(logits: Tensor, image: Tensor, *settings: Any) -> Tensor:
+        return torch.ops.wsseg_layers.mean_field(logits, image, *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        logits, image, *ctx.settings = inputs
+        ctx.save_for_backward(logits, image)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = _MeanFieldGradient.apply(grad, *ctx.saved_tensors, *ctx.settings)
+        return gradient, None, *(None for _ in ctx.settings)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:  # noqa: ARG004
+        _refuse("a forward derivative was asked for")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], logits: Tensor, image: Tensor, *settings: Any
+    ) -> tuple[Tensor, int]:
+        """Join the batch [V, B, C, H, W]."""
+        stacked = [batch_first(x, dim, info.batch_size) for x, dim in zip((logits, image), in_dims, strict=False)]
+        result = _MeanField.apply(*(x.flatten(0, 1) for x in stacked), *settings)
+        return result.unflatten(0, stacked[0].shape[:2]), 0
+
+
+class _MeanFieldGradient(torch.autograd.Function):
+    """`mean_field_gradient` in eager mode."""
+
+    @staticmethod
+    def forward(grad: Tensor, logits: Tensor, image: Tensor, *settings: Any) -> Tensor:
+        return torch.ops.wsseg_layers.mean_field_gradient(grad, logits, image, *settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG004
+        _refuse("a second gradient was asked for")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:  # noqa: ARG004
+        _refuse("a forward derivative was asked for")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], grad: Tensor, logits: Tensor, image: Tensor, *settings: Any
+    ) -> tuple[Tensor, int]:
+        """Join the batch [V, B, C, H, W]."""
+        stacked = [batch_first(x, dim, info.batch_size) for x, dim in zip((grad, logits, image), in_dims, strict=False)]
+        result = _MeanFieldGradient.apply(*(x.flatten(0, 1) for x in stacked), *settings)
+        return result.unflatten(0, stacked[0].shape[:2]), 0

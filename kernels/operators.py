@@ -148,11 +148,11 @@ def pamr_propagate(
         _check_counts(counts, mask, affinity)
     if mask.shape[0] != affinity.shape[0]:  # [B * V, C, H, W] -> [B, V * C, H, W]: views are channels
         joined = mask.reshape(affinity.shape[0], -1, *mask.shape[2:])
-        return pamr_propagate(joined, affinity, dilations, num_iter, backend).view(mask.shape)
+        return pamr_propagate(joined, affinity, dilations, num_iter, backend).reshape(mask.shape)
     decomposition = find_decomposition(backend)
     if decomposition is not None:
         return decomposition.propagate(mask, affinity, dilations, num_iter, counts)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_traced():
         return torch.ops.wsseg_layers.pamr_propagate(mask, affinity, dilations, num_iter, backend, counts)
     return _Propagate.apply(mask, affinity, counts, dilations, num_iter, backend, False)
 
@@ -167,9 +167,18 @@ def _check_counts(counts: Tensor, mask: Tensor, affinity: Tensor) -> None:
             f" got shape {list(counts.shape)}"
         )
     check_same_device(("mask", mask), ("counts", counts))
-    on_cpu = counts.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-    if on_cpu and not ((counts >= 0) & (counts <= mask.shape[1])).all():
+    if counts.device.type == "cpu" and not is_traced() and not ((counts >= 0) & (counts <= mask.shape[1])).all():
         raise ValueError(f"counts must be in 0 to {mask.shape[1]}, the channels of mask, got {counts.tolist()}")
+
+
+def is_traced() -> bool:
+    """Return whether torch.compile, torch.export or torch.jit.trace records the call: they take operators as such."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """Return an operand of torch.vmap with the mapped dimension first, expanded if it has none."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def check_backend(backend: str) -> None:
@@ -330,16 +339,12 @@ class _Propagate(torch.autograd.Function):
         """Propagate [V, B, C, H, W]: V joins the channels where all share an affinity, and the batch elsewhere."""
         x_dim, affinity_dim, counts_dim, *_ = in_dims
         size = info.batch_size
-
-        def first(operand: Tensor, dim: int | None) -> Tensor:
-            return operand.expand(size, *operand.shape) if dim is None else operand.movedim(dim, 0)
-
-        x = first(x, x_dim)
+        x = batch_first(x, x_dim, size)
         if affinity_dim is None and counts is None:
             joined = x.transpose(0, 1).flatten(1, 2)  # [V, B, C, H, W] -> [B, V * C, H, W]
             result = _Propagate.apply(joined, affinity, None, *settings)
             return result.unflatten(1, (size, x.shape[2])).transpose(0, 1), 0
-        affinity = first(affinity, affinity_dim).flatten(0, 1)  # [V, B, N, H, W] -> [V * B, N, H, W]
-        counts = counts if counts is None else first(counts, counts_dim).flatten()  # [V, B] -> [V * B]
+        affinity = batch_first(affinity, affinity_dim, size).flatten(0, 1)  # [V, B, N, H, W] -> [V * B, N, H, W]
+        counts = counts if counts is None else batch_first(counts, counts_dim, size).flatten()  # [V, B] -> [V * B]
         result = _Propagate.apply(x.flatten(0, 1), affinity, counts, *settings)
         return result.unflatten(0, (size, x.shape[1])), 0

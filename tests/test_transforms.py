@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from wsseg_layers import GCI, PAMR, PAR, FocalSizePenalty, StochasticGate, nGWPPool
+from wsseg_layers import GCI, PAMR, PAR, DenseCRF, DenseEnergyLoss, FocalSizePenalty, StochasticGate, nGWPPool
 from wsseg_layers.functional import stochastic_gate
-from wsseg_layers.kernels import pamr_affinity, pamr_propagate
+from wsseg_layers.kernels import bilateral_filter, pamr_affinity, pamr_propagate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IMAGE, MAPS, FEW = torch.rand(2, 3, 6, 7), torch.rand(2, 5, 6, 7), torch.rand(2, 2, 4, 3)
 
+ENERGY = DenseEnergyLoss(1.0, 0.3, 2.0, 1.0)
 BATCH_GCI, INSTANCE_GCI = GCI(5, 3).eval(), GCI(5, 3, norm="instance")
 
 # Layers as functions of their masks or deep features, and values of these.
@@ -33,6 +34,8 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "StochasticGate, evaluation": (lambda deep: StochasticGate().eval()(deep, MAPS.flip(1)), MAPS),
     "GCI, batch": (lambda deep: BATCH_GCI(IMAGE, deep), MAPS),
     "GCI, instance": (lambda deep: INSTANCE_GCI(IMAGE, deep), MAPS),
+    "bilateral_filter": (lambda values: bilateral_filter(values, IMAGE, 2.0, 0.3, True), MAPS),
+    "DenseEnergyLoss": (lambda masks: ENERGY(IMAGE, masks, MAPS[:, 0].detach(), 255 + 0 * MAPS[:, :1].long()), MAPS),
 }
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -57,10 +60,12 @@ def test_forward_derivatives_agree_with_backward(name: str) -> None:
         result = function(forward_ad.make_dual(x, tangent))
         forward = forward_ad.unpack_dual(result).tangent
     assert forward is not None
-    torch.testing.assert_close(torch.func.jvp(function, (x,), (tangent,)), (function(x), forward))
+    # The derivative of a scalar result that is multiplied by a number may be float64, whatever the layer.
+    torch.testing.assert_close(torch.func.jvp(function, (x,), (tangent,)), (function(x), forward), check_dtype=False)
     weight = torch.rand_like(forward)
     (backward,) = torch.autograd.grad(function(leaf), leaf, weight)
-    torch.testing.assert_close((forward * weight).sum(), (backward * tangent).sum(), rtol=1e-4, atol=1e-4)
+    forward_sum, backward_sum = (forward * weight).sum().double(), (backward * tangent).sum().double()
+    torch.testing.assert_close(forward_sum, backward_sum, rtol=1e-4, atol=1e-4)
 
 
 def test_no_forward_derivative_comes_from_the_image() -> None:
@@ -77,7 +82,7 @@ def test_vmap_is_a_loop(name: str) -> None:
     torch.testing.assert_close(torch.vmap(function)(batch), torch.stack([function(x) for x in batch]))
 
 
-@pytest.mark.parametrize("name", ["PAMR", "PAR"])
+@pytest.mark.parametrize("name", ["PAMR", "PAR", "bilateral_filter"])
 def test_function_transforms_of_refinements(name: str) -> None:
     function, x = FUNCTIONS[name][0], FUNCTIONS[name][1].double()
 
@@ -91,6 +96,44 @@ def test_function_transforms_of_refinements(name: str) -> None:
     batched = torch.stack([x, 2 * x, x.flip(3)])
     torch.testing.assert_close(torch.vmap(function)(batched), torch.stack([function(one) for one in batched]))
     torch.testing.assert_close(torch.vmap(torch.func.grad(cubes))(batched)[0], gradient)
+
+
+def test_vmap_over_images() -> None:
+    images, maps = torch.stack([IMAGE, IMAGE.flip(2)], dim=1), torch.stack([MAPS, 2 * MAPS], dim=3)
+    functions: list[Callable[..., Tensor]] = [
+        PAMR(2, [1, 2]),
+        lambda image, values: bilateral_filter(values, image, 2.0, 0.3, True),
+        lambda image, scores: DenseCRF(2)(255 * image, scores),
+    ]
+    for function in functions:
+        actual = torch.vmap(function, in_dims=(1, 3))(images, maps)
+        torch.testing.assert_close(actual, torch.stack([function(images[:, i], maps[:, :, :, i]) for i in range(2)]))
+        actual = torch.vmap(function, in_dims=(1, None))(images, MAPS)
+        torch.testing.assert_close(actual, torch.stack([function(images[:, i], MAPS) for i in range(2)]))
+
+
+def test_masks_that_share_an_affinity_under_vmap() -> None:
+    function, masks = PAMR(2, [1, 2]), torch.rand(3, 4, 5, 6, 7)  # two masks per image
+    actual = torch.vmap(function, in_dims=(None, 0))(IMAGE, masks)
+    torch.testing.assert_close(actual, torch.stack([function(IMAGE, one) for one in masks]))
+
+
+def test_transforms_of_the_dense_crf() -> None:
+    def cubes(scores: Tensor) -> Tensor:
+        return DenseCRF(2)(255 * IMAGE, scores).pow(3).sum()
+
+    x = (0.1 + MAPS).double()
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(cubes(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(cubes)(x), gradient)
+    torch.testing.assert_close(torch.vmap(torch.func.grad(cubes))(torch.stack([x, x.flip(2)]))[0], gradient)
+    # Its forward and its second derivatives are not there. They are refused, not dropped.
+    refused = r"differentiable once, in reverse mode, and a (forward derivative|second gradient) was asked for"
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=refused):
+        cubes(forward_ad.make_dual(x, x))
+    for derivative in (torch.func.hessian(cubes), torch.func.grad(lambda x: torch.func.grad(cubes)(x).sum())):
+        with pytest.raises(NotImplementedError, match=refused):
+            derivative(x)
 
 
 @pytest.mark.parametrize("name", ["PAMR", "PAR"])

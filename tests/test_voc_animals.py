@@ -234,6 +234,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_whole_comparison(finished: Path) -> None:
     text = (finished / "voc_animals.md").read_text()
+    unwrapped = " ".join(text.split())  # lines break where names of processors and versions are long
     for expected in (
         f"{shlex.join(QUICK)} --output {finished}",
         cpu_model(),
@@ -244,7 +245,7 @@ def test_the_whole_comparison(finished: Path) -> None:
         "|  | raw | + PAMR |",
         "| **mean of 6** |",
     ):
-        assert expected in text
+        assert expected in text or expected in unwrapped
     assert max(len(line) for line in text.splitlines() if "--smoke" not in line) <= 120
     settings = {name: run_settings(finished / f"{name}_3") for name in ("cam-gap", "ours", "ceiling")}
     assert {one.seed for one in settings.values()} == {3}

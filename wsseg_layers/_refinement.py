@@ -177,7 +177,7 @@ def _planes(index: Tensor, channels: int) -> Tensor:
 
 def resize_to(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Resize maps [B, C, h, w] bilinearly, corners aligned, unless they have the size already."""
-    if maps.shape[2:] == torch.Size(size):
+    if list(maps.shape[2:]) == list(size):
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 

@@ -15,6 +15,7 @@ from .kernels.filters import check_image, mean_field
 from .kernels.operators import check_backend
 
 Inputs = Literal["probabilities", "logits"]
+INPUTS = get_args(Inputs)  # not in the functions: old torch.compile cannot trace get_args
 
 
 def dense_crf(
@@ -78,7 +79,7 @@ def dense_crf(
     check_maps("scores", scores)
     check_pixels("scores", scores)
     check_image(image, ("scores", scores))
-    check_choice("inputs", inputs, get_args(Inputs))
+    check_choice("inputs", inputs, INPUTS)
     check_floor(floor)
     numbers = (gaussian_sigma_xy, gaussian_weight, bilateral_sigma_xy, bilateral_sigma_rgb, bilateral_weight)
     if classes is None:
@@ -150,7 +151,7 @@ class DenseCRF(nn.Module):
         check_positive("bilateral_sigma_rgb", bilateral_sigma_rgb)
         check_not_negative("gaussian_weight", gaussian_weight)
         check_not_negative("bilateral_weight", bilateral_weight)
-        check_choice("inputs", inputs, get_args(Inputs))
+        check_choice("inputs", inputs, INPUTS)
         check_floor(floor)
         check_backend(backend)
         self.num_iter = num_iter

@@ -176,7 +176,7 @@ class GCI(nn.Module):
         if features.shape[1] != channels:
             raise ValueError(f"{name} must have {channels} channels, got shape {list(features.shape)}")
         # Not next(self.parameters()): a replica of nn.DataParallel has none.
-        convolution = self.get_submodule("project.0" if self.norm == "batch" else "project")
+        convolution = self.project[0] if isinstance(self.project, nn.Sequential) else self.project
         weight = cast(Tensor, convolution.weight)
         check_same_device((name, features), ("the module's weights", weight))
         if features.dtype != weight.dtype and not autocasts(features.device):

@@ -4,6 +4,7 @@ A backend is anything with the functions of `Backend`. To add one, add its folde
 """
 
 import functools
+import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
@@ -142,10 +143,12 @@ def find_decomposition(name: str) -> ModuleType | None:
 
     ONNX has no registered operators, and gets plain PyTorch operations. `torch.export` gets them on demand.
     """
-    if name == "auto" and torch.onnx.is_in_onnx_export():
+    # Who exports to ONNX has imported torch.onnx. Everyone else would wait for that import in the first call.
+    to_onnx = "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+    if name == "auto" and to_onnx:
         return decomposition
-    is_exporting = getattr(torch.compiler, "is_exporting", torch.onnx.is_in_onnx_export)  # since PyTorch 2.7
-    if name == "eager" and (is_exporting() or torch.onnx.is_in_onnx_export()):
+    is_exporting = getattr(torch.compiler, "is_exporting", None)  # since PyTorch 2.7
+    if name == "eager" and (to_onnx or (is_exporting is not None and is_exporting())):
         return decomposition
     return None
 
@@ -153,5 +156,6 @@ def find_decomposition(name: str) -> ModuleType | None:
 @functools.cache
 def _warn_once(device_type: str, reasons: str) -> None:
     warnings.warn(
-        f"PAMR and PAR run in plain PyTorch on device type {device_type!r}, which is slower: {reasons}", stacklevel=2
+        f"PAMR, PAR and the dense CRF run in plain PyTorch on device type {device_type!r}, which is slower: {reasons}",
+        stacklevel=2,
     )

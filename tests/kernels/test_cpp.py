@@ -185,19 +185,26 @@ def test_any_number_of_threads_gives_the_same(shape: tuple[int, ...]) -> None:
 
 
 @needs_compiler
-def test_small_maps_need_no_threads_after_a_fork() -> None:
-    # A child has none of its parent's OpenMP threads: opening a parallel region would wait for them forever.
-    code = """import os, signal, sys, torch
-from wsseg_layers.kernels import pamr_affinity, pamr_propagate
+def test_small_maps_need_no_threads() -> None:
+    # A forked child has none of its parent's OpenMP threads: opening a parallel region would wait for them forever.
+    code = """import os, sys, torch
+from wsseg_layers import PAMR, PAR, DenseCRF
+# The logarithm of probabilities, in PyTorch, starts threads for any size.
+layers = [PAMR(backend="cpp"), PAR(backend="cpp"), DenseCRF(inputs="logits", backend="cpp")]
 torch.set_num_threads(2)
-def refine(size):
-    image, mask = torch.rand(1, 3, size, size), torch.rand(1, 21, size, size)
-    pamr_propagate(mask, pamr_affinity(image, [1, 2, 4], backend="cpp"), [1, 2, 4], 10, "cpp")
-refine(100)
+def refine(batch, size):
+    for layer in layers:
+        layer(torch.rand(batch, 3, size, size), torch.rand(batch, 5, size, size))
+before = len(os.listdir("/proc/self/task"))
+refine(1, 8)
+refine(3, 8)
+assert len(os.listdir("/proc/self/task")) == before
+refine(2, 100)
+assert len(os.listdir("/proc/self/task")) > before
 child = os.fork()
 if child == 0:
-    signal.alarm(60)
-    refine(8)
+    refine(1, 8)
+    refine(3, 8)
     os._exit(0)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """

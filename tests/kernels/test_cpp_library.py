@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import warnings
@@ -12,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from wsseg_layers.kernels import available_backends, backends, pamr_affinity, pamr_propagate
+from wsseg_layers.kernels import available_backends, backends, bilateral_filter, pamr_affinity, pamr_propagate
 from wsseg_layers.kernels.backends.cpp import library
 
 needs_compiler = pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
 
-AGAIN = r"every process compiles the C\+\+ of PAMR and PAR again: "
+AGAIN = r"every process compiles the C\+\+ again: "
 
 
 @pytest.fixture
@@ -108,6 +109,23 @@ def test_nothing_is_loaded_from_the_folder_of_another_user(cache: Path, monkeypa
     owner = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     with pytest.warns(UserWarning, match=f"{AGAIN}the cache folder {cache} belongs to another user"):
+        assert computes(library.load())
+    assert loaded_from(library.load()).parent != cache
+
+
+@needs_compiler
+def test_no_file_of_another_user_is_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was put there while others could write to the folder."""
+    kept = compile_quietly()
+    forget()
+    check_owner, owner = library._check_owner, os.getuid()
+
+    def of_another_user(name: str, status: os.stat_result) -> None:
+        uid = owner + 1 if stat.S_ISREG(status.st_mode) else owner
+        check_owner(name, os.stat_result((*status[:4], uid, *status[5:])))
+
+    monkeypatch.setattr(library, "_check_owner", of_another_user)
+    with pytest.warns(UserWarning, match=f"{AGAIN}the file {kept} belongs to another user"):
         assert computes(library.load())
     assert loaded_from(library.load()).parent != cache
 
@@ -221,7 +239,7 @@ def test_compiles_for_one_thread_without_openmp(tmp_path: Path) -> None:
     compiler(tmp_path, 'case "$*" in *-fopenmp*) echo "cannot find -lomp" >&2; exit 1; esac')
     for _ in range(2):  # compiled, then kept
         with pytest.warns(
-            UserWarning, match="PAMR and PAR run on one thread: .* has no OpenMP; when it has, remove .*-serial.so"
+            UserWarning, match="the dense CRF run on one thread: .* has no OpenMP; when it has, remove .*-serial.so"
         ):
             assert computes(library.load())
         forget()
@@ -239,11 +257,14 @@ def test_clang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "clang++")
     image, mask = torch.rand(1, 3, 9, 40), torch.rand(1, 13, 9, 40)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "PAMR and PAR run on one thread")
+        warnings.filterwarnings("ignore", "PAMR, PAR and the dense CRF run on one thread")
         affinity = pamr_affinity(image, [1, 5], backend="cpp")
     torch.testing.assert_close(affinity, pamr_affinity(image, [1, 5], backend="eager"))
     expected = pamr_propagate(mask, affinity, [1, 5], 3, "eager")
     torch.testing.assert_close(pamr_propagate(mask, affinity, [1, 5], 3, "cpp"), expected)
+    # Every pixel has a simplex of its own, so that the sum is the pixel itself.
+    filtered = bilateral_filter(mask, 255 * image, 0.01, 0.01, True, "cpp")
+    torch.testing.assert_close(filtered, mask, rtol=1e-4, atol=1e-4)
 
 
 @needs_compiler

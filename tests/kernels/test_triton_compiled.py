@@ -30,7 +30,23 @@ TRANSPOSED_AND_RAGGED = [(False, False), (True, False), (False, True), (True, Tr
 FOLDER = os.environ.get("WSSEG_TRITONS", "")
 TRITONS = sorted(path.name for path in Path(FOLDER).iterdir() if (path / "triton").is_dir()) if FOLDER else []
 needs_cuobjdump = pytest.mark.skipif(not registers.CUOBJDUMP.exists(), reason="this triton comes without cuobjdump")
-targets = pytest.mark.parametrize("target", TARGETS)
+targets = pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(not registers.can_link(target), reason="this triton has no linker for AMD"),
+        )
+        for name, target in TARGETS.items()
+    ],
+)
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)
+
+
+def skip_old() -> None:
+    """Skip the rest of a test, which has compiled a kernel."""
+    if OLD:
+        pytest.skip("it compiles; registers and loads are checked with Triton 3.3 and later")
 
 
 @functools.cache
@@ -45,8 +61,9 @@ def propagation_for(lanes: int, dtype: str, target: str, transposed: bool, ragge
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_affinity(variant: str, target: str) -> None:
     compiled = registers.compile_affinity(variant, TARGETS[target])
+    skip_old()
     assert registers.usage(compiled).spilled == 0
-    assert "f64" not in registers.assembly(compiled)
+    assert ".f64" not in registers.assembly(compiled)
 
 
 @needs_cuobjdump
@@ -58,6 +75,7 @@ def test_propagation(classes: int, dtype: str, transposed: bool, ragged: bool, t
     config = propagation.launch_config(classes, registers.ITEMSIZES[dtype], TARGETS[target].warp_size)
     lanes = config["BLOCK_C"] // config["VECTOR"]
     compiled = propagation_for(lanes, dtype, target, transposed, ragged)
+    skip_old()
     # With counts, an address is put away before the loops of the transpose and fetched after them (sm_80, half).
     assert registers.usage(compiled).spilled <= (8 if transposed and ragged else 0)
     assert registers.exchanges_in_loops(compiled) == 0
@@ -78,13 +96,15 @@ def test_transposed_and_ragged(classes: int, dtype: str, transposed: bool, targe
 @targets
 @pytest.mark.parametrize("channels", [3, 21])
 def test_gaussian_sum(channels: int, target: str) -> None:
-    assert registers.usage(registers.compile_gaussian_sum(channels, TARGETS[target])).spilled == 0
+    compiled = registers.compile_gaussian_sum(channels, TARGETS[target])
+    skip_old()
+    assert registers.usage(compiled).spilled == 0
 
 
 @needs_cuobjdump
 def test_exchanges_are_found_where_there_are_some() -> None:
     # The affinity reduces over neighbours of several threads, channel by channel.
-    for target in TARGETS.values():
+    for target in filter(registers.can_link, TARGETS.values()):
         assert registers.exchanges_in_loops(registers.compile_affinity("pamr", target)) > 0
 
 

@@ -8,14 +8,16 @@
 // Pixels are cut into bands, and every band has its own rows of values, one per vertex that its pixels touch. Bands run in
 // parallel, and their rows are summed in the order of the bands. The bands depend on the number of pixels only, so that
 // results do not depend on the number of threads.
+//
+// The wheels run with the C++ runtime library of GCC 4.8. Hence no std::vector, no aligned new and no std::exception_ptr:
+// compiled by a newer GCC, they need a newer one.
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
-#include <exception>
-#include <memory>
 #include <new>
-#include <vector>
+#include <utility>
 
 namespace {
 
@@ -26,29 +28,33 @@ constexpr int64_t PARALLEL_PIXELS = 1 << 12;      // smaller images are not wort
 constexpr int64_t PARALLEL_VALUES = 1 << 18;      // on the vertices; blurring fewer is not worth it either
 constexpr float LARGEST_COORDINATE = 1 << 20;     // float32 has less than 3 bits for the place in a simplex beyond it
 
+// What a call returns. All but DONE are thrown, and nothing else is.
 enum Status { DONE = 0, NO_MEMORY = 1, TOO_FINE = 2, TOO_LARGE = 3 };
-struct Failure {
-    Status status;
-};
 
-// Call body(i) for every i < count, on several threads if there are any to use. An exception reaches the caller.
+template <typename Body> Status guarded(const Body &body)
+{
+    try {
+        body();
+        return DONE;
+    } catch (Status status) {
+        return status;
+    }
+}
+
+// Call body(i) for every i < count, on several threads if there are any to use. What it throws reaches the caller.
 template <typename Body> void parallel(int64_t count, int64_t threads, const Body &body)
 {
     if (threads <= 1 || count <= 1) {
         for (int64_t i = 0; i < count; i++) body(i);
         return;
     }
-    std::exception_ptr failure;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    int worst = DONE;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(max : worst)
     for (int64_t i = 0; i < count; i++) {
-        try {
-            body(i);
-        } catch (...) {
-#pragma omp critical
-            failure = std::current_exception();
-        }
+        const int status = guarded([&] { body(i); });
+        worst = status > worst ? status : worst;
     }
-    if (failure) std::rethrow_exception(failure);
+    if (worst != DONE) throw Status(worst);
 }
 
 // Call body(first, last) for ranges that together are [0, count).
@@ -59,22 +65,38 @@ template <typename Body> void parallel_ranges(int64_t count, int64_t threads, co
     parallel(ranges, threads, [&](int64_t i) { body(i * count / ranges, (i + 1) * count / ranges); });
 }
 
-// Uninitialised memory on cache lines.
-template <typename T> class Buffer {
-    struct Free {
-        void operator()(T *pointer) const { ::operator delete(pointer, std::align_val_t(64)); }
-    };
-    std::unique_ptr<T, Free> memory;
+// An array on cache lines. Numbers in it are not initialised.
+template <typename T> class Array {
+    T *memory = nullptr;
 
 public:
     int64_t size = 0;
-    Buffer() = default;
-    explicit Buffer(int64_t size)
-        : memory((T *)::operator new(size_t(size ? size : 1) * sizeof(T), std::align_val_t(64))), size(size)
+
+    Array() = default;
+    explicit Array(int64_t size) : size(size)
     {
+        void *pointer;
+        size_t bytes;
+        if (__builtin_mul_overflow(size ? size : 1, sizeof(T), &bytes) || posix_memalign(&pointer, 64, bytes)) throw NO_MEMORY;
+        memory = (T *)pointer;
+        for (T &element : *this) new (&element) T;
     }
-    T *get() const { return memory.get(); }
-    T &operator[](int64_t i) const { return memory.get()[i]; }
+    Array(Array &&other) { *this = std::move(other); }
+    Array &operator=(Array &&other)
+    {
+        std::swap(memory, other.memory);
+        std::swap(size, other.size);
+        return *this;
+    }
+    ~Array()
+    {
+        for (T &element : *this) element.~T();
+        std::free(memory);
+    }
+    T *get() const { return memory; }
+    T *begin() const { return memory; }
+    T *end() const { return memory + size; }
+    T &operator[](int64_t i) const { return memory[i]; }
 };
 
 // The vertices found so far, by their keys: open addressing.
@@ -83,7 +105,8 @@ template <typename Key> class Vertices {
         Key key;
         int32_t vertex;
     };
-    std::vector<Slot> slots;
+    Array<Slot> slots; // at most half of them are taken
+    Array<Key> keys;
     uint64_t mask;
 
     uint64_t place(Key key) const
@@ -93,28 +116,31 @@ template <typename Key> class Vertices {
         mixed *= 0x9e3779b97f4a7c15u;
         return (mixed ^ mixed >> 32) & mask;
     }
-    void grow()
+    void resize(int64_t size)
     {
-        std::vector<Slot> larger(2 * slots.size(), Slot{0, -1});
-        larger.swap(slots);
-        mask = slots.size() - 1;
-        for (size_t v = 0; v < keys.size(); v++) {
+        slots = Array<Slot>(size);
+        for (Slot &slot : slots) slot = {0, -1};
+        mask = size - 1;
+        Array<Key> larger(size / 2 + 1);
+        for (int64_t v = 0; v < count; v++) {
             uint64_t i = place(keys[v]);
             while (slots[i].vertex >= 0) i = (i + 1) & mask;
             slots[i] = {keys[v], int32_t(v)};
+            larger[v] = keys[v];
         }
+        keys = std::move(larger);
     }
 
 public:
-    std::vector<Key> keys;
+    int64_t count = 0;
 
-    explicit Vertices(size_t expected = 1024)
+    explicit Vertices(int64_t expected)
     {
-        size_t size = 2048;
+        int64_t size = 2048;
         while (size < 2 * expected) size *= 2;
-        slots.assign(size, Slot{0, -1});
-        mask = size - 1;
+        resize(size);
     }
+    Key key(int64_t vertex) const { return keys[vertex]; }
     int32_t find(Key key) const
     {
         for (uint64_t i = place(key);; i = (i + 1) & mask) {
@@ -128,19 +154,19 @@ public:
                 if (slots[i].key == key) return slots[i].vertex;
                 continue;
             }
-            const int32_t vertex = int32_t(keys.size());
+            const int32_t vertex = int32_t(count);
             slots[i] = {key, vertex};
-            keys.push_back(key);
-            if (2 * keys.size() > slots.size()) grow();
+            keys[count++] = key;
+            if (2 * count > slots.size) resize(2 * slots.size);
             return vertex;
         }
     }
 };
 
 struct Band {
-    int64_t first, last;            // its pixels
-    int64_t offset = 0;             // of its rows among those of all bands
-    std::vector<int32_t> vertices;  // of its rows
+    int64_t first, last;     // its pixels
+    int64_t offset = 0;      // of its rows among those of all bands
+    Array<int32_t> vertices; // of its rows
 };
 
 struct Lattice {
@@ -148,11 +174,11 @@ struct Lattice {
     int corners = 0;
     bool finite = true;             // else every sum is NaN
     double scale = 1;
-    std::vector<Band> bands;
-    Buffer<int32_t> rows;           // [pixels][corners], in the pixel's band
-    Buffer<float> weights;          // [pixels][corners]
-    Buffer<int32_t> neighbours;     // [corners][vertices][2]; `vertices` where there is none
-    Buffer<int32_t> first, merged;  // of vertex v: the bands' rows merged[first[v]:first[v + 1]]
+    Array<Band> bands;
+    Array<int32_t> rows;           // [pixels][corners], in the pixel's band
+    Array<float> weights;          // [pixels][corners]
+    Array<int32_t> neighbours;     // [corners][vertices][2]; `vertices` where there is none
+    Array<int32_t> first, merged;  // of vertex v: the bands' rows merged[first[v]:first[v + 1]]
 };
 
 // What is filtered: position alone, or with the three colours of an image.
@@ -289,7 +315,7 @@ template <int D> bool find_bounds(const Points &points, double (&low)[D + 1], do
         sum_high += scale * most[i - 1];
     }
     for (int i = 0; i <= D; i++) {
-        if (!(std::fabs(low[i]) < LARGEST_COORDINATE && std::fabs(high[i]) < LARGEST_COORDINATE)) throw Failure{TOO_FINE};
+        if (!(std::fabs(low[i]) < LARGEST_COORDINATE && std::fabs(high[i]) < LARGEST_COORDINATE)) throw TOO_FINE;
         // Rounding, and a step to a neighbour, move a quotient by at most 3.
         low[i] = std::floor(low[i] / (D + 1)) - 3;
         high[i] = std::ceil(high[i] / (D + 1)) + 3;
@@ -310,8 +336,8 @@ template <int D> int count_bits(const double (&low)[D + 1], const double (&high)
 template <int D, typename Key> void fill(Lattice &lattice, const Points &points, const Packing<D, Key> &packing, int64_t threads)
 {
     constexpr int corners = D + 1;
-    std::vector<std::vector<Key>> keys(lattice.bands.size());
-    parallel(lattice.bands.size(), threads, [&](int64_t b) {
+    Array<Array<Key>> keys(lattice.bands.size);
+    parallel(lattice.bands.size, threads, [&](int64_t b) {
         const Band &band = lattice.bands[b];
         Vertices<Key> vertices((band.last - band.first) / 2);
         Place<D> place;
@@ -338,50 +364,52 @@ template <int D, typename Key> void fill(Lattice &lattice, const Points &points,
                 }
             }
         }
-        keys[b] = std::move(vertices.keys);
+        keys[b] = Array<Key>(vertices.count);
+        for (int64_t v = 0; v < vertices.count; v++) keys[b][v] = vertices.key(v);
     });
 
     // Vertices are numbered by their first pixel.
-    size_t most = 0;
-    for (const auto &list : keys) most += list.size();
-    if (most >= size_t(INT32_MAX)) throw Failure{TOO_LARGE};
-    Vertices<Key> all(lattice.bands.size() == 1 ? 0 : most / 2);
-    if (lattice.bands.size() == 1) {
+    int64_t most = 0;
+    for (const auto &list : keys) most += list.size;
+    if (most >= INT32_MAX) throw TOO_LARGE;
+    Vertices<Key> all(lattice.bands.size == 1 ? 0 : most / 2);
+    if (lattice.bands.size == 1) {
         for (Key key : keys[0]) all.find_or_add(key);
     } else {
-        for (size_t b = 0; b < keys.size(); b++) {
+        for (int64_t b = 0; b < keys.size; b++) {
+            const Array<Key> own = std::move(keys[b]);
             Band &band = lattice.bands[b];
             band.offset = lattice.band_rows;
-            lattice.band_rows += keys[b].size();
-            band.vertices.reserve(keys[b].size());
-            for (Key key : keys[b]) band.vertices.push_back(all.find_or_add(key));
-            keys[b] = std::vector<Key>();
+            lattice.band_rows += own.size;
+            band.vertices = Array<int32_t>(own.size);
+            for (int64_t row = 0; row < own.size; row++) band.vertices[row] = all.find_or_add(own[row]);
         }
     }
-    const int64_t count = lattice.vertices = all.keys.size();
+    const int64_t count = lattice.vertices = all.count;
 
-    lattice.neighbours = Buffer<int32_t>(corners * count * 2);
+    lattice.neighbours = Array<int32_t>(corners * count * 2);
     parallel(corners, threads, [&](int64_t axis) {
         int32_t *pairs = lattice.neighbours.get() + axis * count * 2;
         for (int64_t i = 0; i < 2 * count; i++) pairs[i] = int32_t(count);
         const Key step = 1 - packing.stride[axis], wrapped = packing.all - packing.stride[axis] - D;
         for (int64_t v = 0; v < count; v++) {
-            const Key key = all.keys[v];
+            const Key key = all.key(v);
             const int32_t next = all.find(key + (int(key & 7) < D ? step : wrapped));
             if (next >= 0) pairs[2 * v] = next, pairs[2 * next + 1] = int32_t(v);
         }
     });
-    if (lattice.bands.size() == 1) return;
+    if (lattice.bands.size == 1) return;
 
-    lattice.first = Buffer<int32_t>(count + 1);
-    lattice.merged = Buffer<int32_t>(lattice.band_rows);
+    lattice.first = Array<int32_t>(count + 1);
+    lattice.merged = Array<int32_t>(lattice.band_rows);
     std::memset(lattice.first.get(), 0, (count + 1) * sizeof(int32_t));
     for (const Band &band : lattice.bands)
         for (int32_t v : band.vertices) lattice.first[v + 1]++;
     for (int64_t v = 0; v < count; v++) lattice.first[v + 1] += lattice.first[v];
-    std::vector<int32_t> next(lattice.first.get(), lattice.first.get() + count);
+    Array<int32_t> next(count);
+    std::memcpy(next.get(), lattice.first.get(), count * sizeof(int32_t));
     for (const Band &band : lattice.bands)
-        for (size_t row = 0; row < band.vertices.size(); row++)
+        for (int64_t row = 0; row < band.vertices.size; row++)
             lattice.merged[next[band.vertices[row]]++] = int32_t(band.offset + row);
 }
 
@@ -406,7 +434,7 @@ template <int D> void build(Lattice &lattice, const Points &points, int64_t thre
 {
     const int64_t pixels = lattice.pixels = points.height * points.width;
     lattice.corners = D + 1;
-    if (pixels > INT32_MAX / (D + 1)) throw Failure{TOO_LARGE};
+    if (pixels > INT32_MAX / (D + 1)) throw TOO_LARGE;
     double low[D + 1], high[D + 1];
     int bits[D];
     lattice.finite = find_bounds<D>(points, low, high);
@@ -414,18 +442,20 @@ template <int D> void build(Lattice &lattice, const Points &points, int64_t thre
 
     int64_t count = pixels / BAND_PIXELS;
     count = count < 1 ? 1 : count > MAX_BANDS ? MAX_BANDS : count;
-    for (int64_t b = 0; b < count; b++)
-        lattice.bands.push_back({pixels * b / count / BLOCK * BLOCK,
-                                 b + 1 == count ? pixels : pixels * (b + 1) / count / BLOCK * BLOCK});
-    lattice.rows = Buffer<int32_t>(pixels * (D + 1));
-    lattice.weights = Buffer<float>(pixels * (D + 1));
+    lattice.bands = Array<Band>(count);
+    for (int64_t b = 0; b < count; b++) {
+        lattice.bands[b].first = pixels * b / count / BLOCK * BLOCK;
+        lattice.bands[b].last = b + 1 == count ? pixels : pixels * (b + 1) / count / BLOCK * BLOCK;
+    }
+    lattice.rows = Array<int32_t>(pixels * (D + 1));
+    lattice.weights = Array<float>(pixels * (D + 1));
     const int total = count_bits<D>(low, high, bits);
     if (total <= 64)
         pack_and_fill<D, uint64_t>(lattice, points, low, bits, threads);
     else if (total <= 128)
         pack_and_fill<D, unsigned __int128>(lattice, points, low, bits, threads);
     else
-        throw Failure{TOO_FINE};
+        throw TOO_FINE;
 }
 
 // A row of values: COUNT vectors of LANES channels.
@@ -442,24 +472,25 @@ template <typename Real_, int LANES_, int COUNT_> struct Row {
 
 // The values on the vertices of a lattice. Splatted to `written`, blurred, sliced from `read`.
 template <typename R> struct Field {
-    const Lattice &lattice;
-    bool banded;
-    Buffer<R> vertices[2];
-    Buffer<R> bands[2]; // where there are several bands
+    const Lattice *lattice = nullptr;
+    bool banded = false;
+    Array<R> vertices[2];
+    Array<R> bands[2]; // where there are several bands
     R *read = nullptr, *written = nullptr;
 
-    explicit Field(const Lattice &lattice) : lattice(lattice), banded(lattice.bands.size() > 1)
+    Field() = default;
+    explicit Field(const Lattice &lattice) : lattice(&lattice), banded(lattice.bands.size > 1)
     {
-        for (auto &rows : vertices) rows = Buffer<R>(lattice.vertices + 1);
+        for (auto &rows : vertices) rows = Array<R>(lattice.vertices + 1);
         if (banded)
-            for (auto &rows : bands) rows = Buffer<R>(lattice.band_rows);
+            for (auto &rows : bands) rows = Array<R>(lattice.band_rows);
         read = banded ? bands[0].get() : vertices[0].get();
         written = banded ? bands[1].get() : vertices[1].get();
     }
     int64_t offset(const Band &band) const { return banded ? band.offset : 0; }
     void clear(const Band &band) const
     {
-        const int64_t count = banded ? band.vertices.size() : lattice.vertices;
+        const int64_t count = banded ? band.vertices.size : lattice->vertices;
         std::memset((void *)(written + offset(band)), 0, count * sizeof(R));
     }
     void blur(bool reversed, int64_t threads);
@@ -467,23 +498,23 @@ template <typename R> struct Field {
 
 template <typename R> void Field<R>::blur(bool reversed, int64_t threads)
 {
-    const int64_t count = lattice.vertices;
+    const int64_t count = lattice->vertices;
     threads = count * R::channels < PARALLEL_VALUES ? 1 : threads;
     R *from = banded ? vertices[0].get() : written, *to = banded ? vertices[1].get() : read;
     if (banded)
         parallel_ranges(count, threads, [&](int64_t first, int64_t last) {
             for (int64_t v = first; v < last; v++) {
-                R sum = written[lattice.merged[lattice.first[v]]];
-                for (int32_t i = lattice.first[v] + 1; i < lattice.first[v + 1]; i++)
-                    for (int k = 0; k < R::count; k++) sum.v[k] += written[lattice.merged[i]].v[k];
+                R sum = written[lattice->merged[lattice->first[v]]];
+                for (int32_t i = lattice->first[v] + 1; i < lattice->first[v + 1]; i++)
+                    for (int k = 0; k < R::count; k++) sum.v[k] += written[lattice->merged[i]].v[k];
                 from[v] = sum;
             }
         });
     std::memset((void *)(from + count), 0, sizeof(R));
     std::memset((void *)(to + count), 0, sizeof(R));
-    for (int i = 0; i < lattice.corners; i++) {
-        const int axis = reversed ? lattice.corners - 1 - i : i;
-        const int32_t *pairs = lattice.neighbours.get() + axis * count * 2;
+    for (int i = 0; i < lattice->corners; i++) {
+        const int axis = reversed ? lattice->corners - 1 - i : i;
+        const int32_t *pairs = lattice->neighbours.get() + axis * count * 2;
         parallel_ranges(count, threads, [&](int64_t first, int64_t last) {
             for (int64_t v = first; v < last; v++) {
                 const R &one = from[pairs[2 * v]], &other = from[pairs[2 * v + 1]];
@@ -498,18 +529,18 @@ template <typename R> void Field<R>::blur(bool reversed, int64_t threads)
         written = to;
         return;
     }
-    parallel(lattice.bands.size(), threads, [&](int64_t b) {
-        const Band &band = lattice.bands[b];
+    parallel(lattice->bands.size, threads, [&](int64_t b) {
+        const Band &band = lattice->bands[b];
         R *rows = read + band.offset;
-        for (size_t i = 0; i < band.vertices.size(); i++) rows[i] = from[band.vertices[i]];
+        for (int64_t i = 0; i < band.vertices.size; i++) rows[i] = from[band.vertices[i]];
     });
 }
 
 template <int CORNERS, typename R> void splat(const Field<R> &field, const Band &band, int64_t pixel, const R &row)
 {
     R *rows = field.written + field.offset(band);
-    const int32_t *index = field.lattice.rows.get() + pixel * CORNERS;
-    const float *weights = field.lattice.weights.get() + pixel * CORNERS;
+    const int32_t *index = field.lattice->rows.get() + pixel * CORNERS;
+    const float *weights = field.lattice->weights.get() + pixel * CORNERS;
     for (int r = 0; r < CORNERS; r++) {
         const typename R::Real weight = weights[r];
         R &target = rows[index[r]];
@@ -520,8 +551,8 @@ template <int CORNERS, typename R> void splat(const Field<R> &field, const Band 
 template <int CORNERS, typename R> R slice(const Field<R> &field, const Band &band, int64_t pixel)
 {
     const R *rows = field.read + field.offset(band);
-    const int32_t *index = field.lattice.rows.get() + pixel * CORNERS;
-    const float *weights = field.lattice.weights.get() + pixel * CORNERS;
+    const int32_t *index = field.lattice->rows.get() + pixel * CORNERS;
+    const float *weights = field.lattice->weights.get() + pixel * CORNERS;
     R sum = {};
     for (int r = 0; r < CORNERS; r++) {
         const typename R::Real weight = weights[r];
@@ -532,12 +563,12 @@ template <int CORNERS, typename R> R slice(const Field<R> &field, const Band &ba
 
 template <typename R> void splat(const Field<R> &field, const Band &band, int64_t pixel, const R &row)
 {
-    field.lattice.corners == 3 ? splat<3>(field, band, pixel, row) : splat<6>(field, band, pixel, row);
+    field.lattice->corners == 3 ? splat<3>(field, band, pixel, row) : splat<6>(field, band, pixel, row);
 }
 
 template <typename R> R slice(const Field<R> &field, const Band &band, int64_t pixel)
 {
-    return field.lattice.corners == 3 ? slice<3>(field, band, pixel) : slice<6>(field, band, pixel);
+    return field.lattice->corners == 3 ? slice<3>(field, band, pixel) : slice<6>(field, band, pixel);
 }
 
 // Read and write a pixel's channels, which lie in planes.
@@ -560,7 +591,7 @@ void filter(const Lattice &lattice, const typename R::Real *values, typename R::
     using Real = typename R::Real;
     const int64_t pixels = lattice.pixels;
     Field<R> field(lattice);
-    parallel(lattice.bands.size(), threads, [&](int64_t b) {
+    parallel(lattice.bands.size, threads, [&](int64_t b) {
         const Band &band = lattice.bands[b];
         field.clear(band);
         R row;
@@ -571,7 +602,7 @@ void filter(const Lattice &lattice, const typename R::Real *values, typename R::
     });
     field.blur(transposed, threads);
     const Real scale = lattice.scale;
-    parallel(lattice.bands.size(), threads, [&](int64_t b) {
+    parallel(lattice.bands.size, threads, [&](int64_t b) {
         const Band &band = lattice.bands[b];
         for (int64_t pixel = band.first; pixel < band.last; pixel++) {
             R row = slice(field, band, pixel);
@@ -590,7 +621,6 @@ template <typename Real>
 void filter_channels(const Lattice &lattice, const Real *values, Real *out, int64_t channels, bool transposed, int64_t threads)
 {
     if (!lattice.finite) return fill_with_nan(out, channels * lattice.pixels);
-    threads = lattice.pixels < PARALLEL_PIXELS ? 1 : threads;
     // Few widths, because each is compiled: double is not made for speed.
     const int64_t widest = sizeof(Real) == 4 ? MAX_CHANNELS : 4;
     for (int64_t c = 0; c < channels; c += widest) {
@@ -614,7 +644,7 @@ void filter_channels(const Lattice &lattice, const Real *values, Real *out, int6
 void normalise(Lattice &lattice, int64_t threads)
 {
     if (!lattice.finite) return;
-    Buffer<float> ones(lattice.pixels), sums(lattice.pixels);
+    Array<float> ones(lattice.pixels), sums(lattice.pixels);
     for (int64_t i = 0; i < lattice.pixels; i++) ones[i] = 1;
     filter_channels(lattice, ones.get(), sums.get(), 1, false, threads);
     for (int64_t i = 0; i < lattice.pixels; i++) {
@@ -658,63 +688,52 @@ template <typename R> void softmax(R &row)
 }
 
 template <typename R>
-void mean_field(const std::vector<const Lattice *> &lattices, const double *strengths, const float *logits, float *out,
+void mean_field(const Array<const Lattice *> &lattices, const double *strengths, const float *logits, float *out,
                 int channels, int64_t num_iter, int64_t threads)
 {
     const Lattice &any = *lattices[0];
     const int64_t pixels = any.pixels;
-    std::vector<Field<R>> fields;
-    fields.reserve(lattices.size());
-    for (const Lattice *lattice : lattices) fields.emplace_back(*lattice);
-    Buffer<R> rows(pixels);
+    Array<Field<R>> fields(lattices.size);
+    for (int64_t f = 0; f < fields.size; f++) fields[f] = Field<R>(*lattices[f]);
+    Array<R> rows(pixels);
 
     for (int64_t i = 0; i <= num_iter; i++) {
         if (i > 0)
             for (auto &field : fields) field.blur(false, threads);
-        parallel(any.bands.size(), threads, [&](int64_t b) {
+        parallel(any.bands.size, threads, [&](int64_t b) {
             for (auto &field : fields)
-                if (i < num_iter) field.clear(field.lattice.bands[b]);
+                if (i < num_iter) field.clear(field.lattice->bands[b]);
             for (int64_t pixel = any.bands[b].first; pixel < any.bands[b].last; pixel++) {
                 if (i == 0) load(rows[pixel], logits + pixel, pixels, channels, -INFINITY);
                 R row = rows[pixel];
                 if (i > 0)
-                    for (size_t f = 0; f < fields.size(); f++) {
-                        const float strength = strengths[f] * fields[f].lattice.scale;
-                        const R sum = slice(fields[f], fields[f].lattice.bands[b], pixel);
+                    for (int64_t f = 0; f < fields.size; f++) {
+                        const float strength = strengths[f] * fields[f].lattice->scale;
+                        const R sum = slice(fields[f], fields[f].lattice->bands[b], pixel);
                         for (int k = 0; k < R::count; k++) row.v[k] += strength * sum.v[k];
                     }
                 softmax(row);
                 if (i == num_iter)
                     store(row, out + pixel, pixels, channels);
                 else
-                    for (auto &field : fields) splat(field, field.lattice.bands[b], pixel, row);
+                    for (auto &field : fields) splat(field, field.lattice->bands[b], pixel, row);
             }
         });
     }
 }
 
-template <typename Body> int guarded(const Body &body)
+// Images run in parallel where there are enough of them, else the bands of one image after the other. Few pixels run on
+// one thread: a forked child of a process that used threads has none of them, and would wait for them forever.
+template <typename Body> void for_images(int64_t batch, int64_t pixels, int64_t threads, const Body &body)
 {
-    try {
-        body();
-        return DONE;
-    } catch (const Failure &failure) {
-        return failure.status;
-    } catch (const std::exception &) { // std::bad_alloc and std::length_error
-        return NO_MEMORY;
-    }
-}
-
-// Images run in parallel where there are enough of them, else the bands of one image after the other.
-template <typename Body> void for_images(int64_t batch, int64_t threads, const Body &body)
-{
-    const bool by_image = threads > 1 && batch >= threads;
-    parallel(batch, by_image ? threads : 1, [&](int64_t b) { body(b, by_image ? 1 : threads); });
+    const bool by_image = threads > 1 && batch >= threads && batch * pixels >= PARALLEL_PIXELS;
+    const int64_t inner = pixels < PARALLEL_PIXELS ? 1 : threads;
+    parallel(batch, by_image ? threads : 1, [&](int64_t b) { body(b, by_image ? 1 : inner); });
 }
 
 } // namespace
 
-using Lattices = std::vector<Lattice>;
+using Lattices = Array<Lattice>;
 
 extern "C" {
 
@@ -723,12 +742,11 @@ int lattices_new(Lattices **result, const float *images, int64_t batch, int64_t 
                  double sigma_rgb, int64_t normalised, int64_t threads)
 {
     return guarded([&] {
-        auto lattices = std::make_unique<Lattices>(batch);
-        for_images(batch, threads, [&](int64_t b, int64_t inner) {
-            Lattice &lattice = (*lattices)[b];
+        Lattices lattices(batch);
+        for_images(batch, height * width, threads, [&](int64_t b, int64_t inner) {
+            Lattice &lattice = lattices[b];
             const int64_t pixels = height * width;
             const Points points{images ? images + b * 3 * pixels : nullptr, height, width, sigma_xy, sigma_rgb};
-            inner = pixels < PARALLEL_PIXELS ? 1 : inner;
             images ? build<5>(lattice, points, inner) : build<2>(lattice, points, inner);
             const int d = lattice.corners - 1;
             // The integral of the Gaussian, over that of a vertex: its volume, times the 2 of every axis' blur.
@@ -737,7 +755,8 @@ int lattices_new(Lattices **result, const float *images, int64_t batch, int64_t 
             lattice.scale = power * std::sqrt(d + 1.) / (1 << (d + 1));
             if (normalised) normalise(lattice, inner);
         });
-        *result = lattices.release();
+        *result = new (std::nothrow) Lattices(std::move(lattices));
+        if (!*result) throw NO_MEMORY;
     });
 }
 
@@ -757,8 +776,8 @@ int64_t lattices_vertices(const Lattices *lattices)
                                int64_t transposed, int64_t threads)                                                        \
     {                                                                                                                      \
         return guarded([&] {                                                                                               \
-            for_images(batch, threads, [&](int64_t b, int64_t inner) {                                                     \
-                const Lattice &lattice = (*lattices)[lattices->size() == 1 ? 0 : b];                                       \
+            for_images(batch, (*lattices)[0].pixels, threads, [&](int64_t b, int64_t inner) {                              \
+                const Lattice &lattice = (*lattices)[lattices->size == 1 ? 0 : b];                                         \
                 const int64_t first = b * channels * lattice.pixels;                                                       \
                 filter_channels<Real>(lattice, values + first, out + first, channels, transposed, inner);                  \
             });                                                                                                            \
@@ -773,17 +792,15 @@ int lattices_mean_field(const Lattices *const *filters, const double *strengths,
                         float *out, int64_t batch, int64_t channels, int64_t num_iter, int64_t threads)
 {
     return guarded([&] {
-        for_images(batch, threads, [&](int64_t b, int64_t inner) {
-            std::vector<const Lattice *> lattices;
-            for (int64_t f = 0; f < count; f++)
-                lattices.push_back(&(*filters[f])[filters[f]->size() == 1 ? 0 : b]);
+        for_images(batch, (*filters[0])[0].pixels, threads, [&](int64_t b, int64_t inner) {
+            Array<const Lattice *> lattices(count);
+            for (int64_t f = 0; f < count; f++) lattices[f] = &(*filters[f])[filters[f]->size == 1 ? 0 : b];
             const int64_t pixels = lattices[0]->pixels, first = b * channels * pixels;
             const float *from = logits + first;
             float *to = out + first;
             for (const Lattice *lattice : lattices)
                 if (!lattice->finite) return fill_with_nan(to, channels * pixels);
             const int c = int(channels);
-            inner = pixels < PARALLEL_PIXELS ? 1 : inner;
             if (c <= 4) mean_field<Row<float, 4, 1>>(lattices, strengths, from, to, c, num_iter, inner);
             else if (c <= 8) mean_field<Row<float, 8, 1>>(lattices, strengths, from, to, c, num_iter, inner);
             else if (c <= 16) mean_field<Row<float, 8, 2>>(lattices, strengths, from, to, c, num_iter, inner);

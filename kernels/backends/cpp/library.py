@@ -150,7 +150,8 @@ def _open(file: Path) -> ctypes.CDLL:
     _declare_lattice(library)
     if file.name.endswith("-serial.so"):
         warnings.warn(
-            f"PAMR and PAR run on one thread: the compiler has no OpenMP; when it has, remove {file}", stacklevel=2
+            f"PAMR, PAR and the dense CRF run on one thread: the compiler has no OpenMP; when it has, remove {file}",
+            stacklevel=2,
         )
     return library
 
@@ -183,7 +184,7 @@ def _load_or_compile(command: list[str]) -> ctypes.CDLL:
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             library = _open(_compile(command, Path(folder)))
-        warnings.warn(f"every process compiles the C++ of PAMR and PAR again: {error}", stacklevel=2)
+        warnings.warn(f"every process compiles the C++ again: {error}", stacklevel=2)
         return library
 
 
@@ -199,6 +200,7 @@ def _load_from_cache(command: list[str], cache: Path) -> ctypes.CDLL:
     for name in BUILDS:
         kept = cache / f"{key}-{name}"
         if kept.exists():
+            _check_owner(f"the file {kept}", kept.stat())
             try:
                 return _open(kept)
             except (OSError, AttributeError):
@@ -248,8 +250,12 @@ def _cache_folder() -> Path:
         raise OSError(f"the path of the cache folder is not absolute: {folder}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
-    if status.st_uid != os.getuid():
-        raise OSError(f"the cache folder {folder} belongs to another user")
+    _check_owner(f"the cache folder {folder}", status)
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise OSError(f"other users can write to the cache folder {folder}; after a look at it: chmod go-w {folder}")
     return folder
+
+
+def _check_owner(name: str, status: os.stat_result) -> None:
+    if status.st_uid != os.getuid():
+        raise OSError(f"{name} belongs to another user")
