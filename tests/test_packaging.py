@@ -80,7 +80,7 @@ def test_holds_the_library_and_its_kernels_and_nothing_else(wheel: Path) -> None
     }
     assert library
     assert kernels
-    sources = {f"{BACKENDS}/cpp/{name}.cpp" for name in ("kernels", "lattice")}
+    sources = {f"{BACKENDS}/cpp/{source.name}" for source in (*library.SOURCES, *library.HEADERS)}
     assert shipped == library | kernels | sources | {"wsseg_layers/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
