@@ -115,7 +115,7 @@ def cam_to_label(
     number = (index + 1).gather(1, channel.flatten(1)).view(channel.shape)
     thresholds = [_background_map(score, classes, valid, align_corners=False)[:, 0] for score in scores]
     chosen = [number.masked_fill(~(value > threshold), 0) for threshold in thresholds]
-    result = chosen[0] if len(chosen) == 1 else merge_labels(*chosen, ignore_index)
+    result = chosen[0] if len(chosen) == 1 else merge_labels(chosen[0], chosen[1], ignore_index)
     result = result if inside is None else result.masked_fill(~inside[:, None], ignore_index)
     return result if cams.ndim == 5 else result[:, 0]
 

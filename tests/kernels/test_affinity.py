@@ -67,7 +67,7 @@ def test_is_accurate_for_every_range_of_values(
 def test_steep_forms_lose_nothing_before_they_are_rounded(
     backend: BackendName, variant: VariantName, contrast: float
 ) -> None:
-    # In float32 throughout, these images' errors are some 1e-6. The C++ computes "par" in float32, and loses half of that.
+    # In float32 throughout, these images' errors are some 1e-6; half of that for "par" in C++, which is in float32.
     tolerance = 1e-6 if (backend, variant) == ("cpp", "par") else 2e-7
     image = torch.from_numpy(contrast * np.random.default_rng(0).random((1, 3, 11, 13))).float()
     expected = torch.from_numpy(reference.pamr_affinity(exact(image), [1, 2, 4], variant))

@@ -46,13 +46,13 @@ struct Axis {
             first[i] = std::min<int64_t>(position, in_size - 1);
             second[i] = std::min<int64_t>(first[i] + 1, in_size - 1);
             weight[i] = std::min(position - float(first[i]), 1.f);
-            if (weight[i] == 0) second[i] = first[i];
         }
     }
     Between at(int64_t i) const { return {first[i], second[i], weight[i]}; }
 };
 
-static float mix(float a, float b, float weight) { return (1 - weight) * a + weight * b; }
+// What is not finite in `b` plays no part where it has no weight.
+static float mix(float a, float b, float weight) { return weight == 0 ? a : (1 - weight) * a + weight * b; }
 
 // Rows of one plane, resized to the width of the result. Two are kept, because successive rows share them.
 struct Rows {
@@ -66,8 +66,8 @@ struct Rows {
     void forget() { held[0] = held[1] = -1; }
 
     // Return row y of a plane, resized. The row `kept` is not replaced.
-    const float *find(const float *plane, const int64_t *strides, int64_t y, int64_t kept, int64_t in_width,
-                      int64_t width, const Axis &columns)
+    const float *find(const float *plane, const int64_t *strides, int64_t y, int64_t kept, int64_t width,
+                      const Axis &columns)
     {
         for (int i = 0; i < 2; i++)
             if (held[i] == y) return rows[i];
@@ -77,8 +77,7 @@ struct Rows {
         held[i] = y;
         auto sample = [&](int64_t x) { return in[x * strides[1]]; };
         for (int64_t x = 0; x < width; x++)
-            out[x] = in_width == width ? sample(x)
-                                       : mix(sample(columns.first[x]), sample(columns.second[x]), columns.weight[x]);
+            out[x] = mix(sample(columns.first[x]), sample(columns.second[x]), columns.weight[x]);
         return out;
     }
 };
@@ -117,7 +116,7 @@ static void resize_maps(const Resize &task, void *memory)
             const float *in = task.in + plane * task.strides[0];
             const Between between = plan.lines.at(y);
             auto find = [&](int64_t row, int64_t kept) {
-                return rows.find(in, task.strides + 1, row, kept, task.in_width, task.width, plan.columns);
+                return rows.find(in, task.strides + 1, row, kept, task.width, plan.columns);
             };
             const float *a = find(between.first, between.second), *b = find(between.second, between.first);
             float *out = task.out + i * task.width;
@@ -172,7 +171,7 @@ static void choose_row(int32_t *labels, float *best, Rows *rows, const float *ma
         const float *plane = maps + ((k * task.views + view) * task.scores + score) * size;
         Rows &own = rows[k * task.scores + score];
         auto find = [&](int64_t row, int64_t kept) {
-            return own.find(plane, strides, row, kept, task.in_width, width, plan.columns);
+            return own.find(plane, strides, row, kept, width, plan.columns);
         };
         const float *a = find(between.first, between.second), *b = find(between.second, between.first);
         const float weight = between.weight;

@@ -1,6 +1,5 @@
 """Resizing and the labels of the highest maps (labels.cpp), for float32 on CPUs."""
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -28,8 +27,8 @@ def choose_labels(
         maps: [B, 1 + M, V * S, h, w], the background and M classes, for V views and S background scores.
         numbers: int64, [B, M], the label of every class; that of the background is 0.
         counts: int64, [B], how many of the classes an image has, the first ones.
-        scores: S, 1 or 2. With 2, (high, low), a pixel keeps its class with the high score. A background pixel that is a
-            class with the low score is ignored.
+        scores: S, 1 or 2. With 2, (high, low), a pixel keeps its class with the high score. One that is background with
+            the high score and a class with the low score is ignored.
         size: H and W.
         ignore_index: label of ignored pixels.
     """

@@ -6,6 +6,7 @@
 #include "tables.h"
 
 #include <cstring>
+#include <utility>
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
@@ -84,18 +85,26 @@ template <typename Real> struct PropagationPlan {
     bool halves; // weights that are read as float16
     bool copied; // weights that cannot be read where they are
     Real *tables[2], *shifted;
+    int64_t *first_readers; // how many rows of readers the rows above a row have
 
     PropagationPlan(const Propagation &task, void *memory);
     int64_t bytes() const { return shared_bytes + threads * worker_bytes; }
 };
 
-// Return how many rows of readers the top row has: those with a neighbour in it or above it. No row has more.
-static int64_t most_readers(const Propagation &task)
+// Return the first and the last row whose neighbour n is in row y, or above the top or below the bottom row if y is that.
+static std::pair<int64_t, int64_t> readers_of(const Propagation &task, int64_t y, int64_t n)
+{
+    const int64_t bottom = task.height - 1, row = y - task.neighbours.dy[n];
+    return {y == 0 ? 0 : std::max<int64_t>(row, 0), y == bottom ? bottom : std::min(row, bottom)};
+}
+
+// Return how many rows of readers row y has. The top and the bottom row have the most.
+static int64_t count_readers(const Propagation &task, int64_t y)
 {
     int64_t count = 0;
     for (int64_t n = 0; n < task.neighbours.count; n++) {
-        const int64_t dy = task.neighbours.dy[n];
-        count += task.height == 1 || dy == 0 ? 1 : dy < 0 ? std::min(-dy, task.height - 1) + 1 : 0;
+        const auto [first, last] = readers_of(task, y, n);
+        count += std::max<int64_t>(last - first + 1, 0);
     }
     return count;
 }
@@ -185,7 +194,7 @@ static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
         Vector<Real> weight[vectors];
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) weight[v] = load<Real>(weights + v * lanes);
-        __builtin_prefetch(weights + next);
+        __builtin_prefetch(weights + next, 0, 2); // into the second-level cache: the first holds less than a row of weights
 #pragma GCC unroll 16
         for (int c = 0; c < channels; c++)
 #pragma GCC unroll 16
@@ -246,10 +255,11 @@ template <typename Real> struct Worker {
 
     Worker(const Propagation &task, const PropagationPlan<Real> &plan, Workspace &workspace) : task(task), plan(plan)
     {
+        const bool narrow = task.width < LANES<Real>;
         rows = workspace.take<const Real *>(plan.terms);
         weights = workspace.take<const void *>(plan.terms);
         columns = workspace.take<int64_t>(plan.terms);
-        copies = workspace.take<Real>(plan.copied ? plan.terms * plan.weights_pitch : 0);
+        copies = workspace.take<Real>(plan.copied || narrow ? plan.terms * plan.weights_pitch : 0);
     }
 
     // Where the weights of row y and neighbour n start.
@@ -262,12 +272,14 @@ template <typename Real> struct Worker {
     void propagate_row(Real *to, const Real *from, const Table &table, int64_t image, int64_t y) const
     {
         const int64_t count = task.neighbours.count, width = task.width;
+        const int64_t end = task.batch * task.height * count * width;
         find_rows(rows, from, table, task.neighbours, y);
         for (int64_t n = 0; n < count; n++) {
             const int64_t first = weights_of(image, y, n);
             weights[n] = (const Real *)task.weights + first;
             if (plan.halves) weights[n] = (const uint16_t *)task.weights + first;
-            if (plan.copied) {
+            // A register may be wider than the row, and than what is left of the weights.
+            if (plan.copied || first + LANES<Real> > end) {
                 read_weights(copies + n * plan.weights_pitch, task.weights, task.weights_type, first, width);
                 weights[n] = copies + n * plan.weights_pitch;
             }
@@ -280,16 +292,17 @@ template <typename Real> struct Worker {
     }
 
     // The transpose of eq. 7: a pixel sums the pixels that it is a neighbour of, its readers. Their weights are copied
-    // once, shifted to the column that they read, with zeros for the columns that they do not read.
+    // once, in the order in which the sums read them, shifted to the column that they read, with zeros for the columns
+    // that they do not read.
     void shift_weights(Real *shifted, int64_t image, int64_t y) const
     {
-        for (int64_t n = 0; n < task.neighbours.count; n++) {
-            Real *row = shifted + (y * task.neighbours.count + n) * plan.weights_pitch;
+        visit_readers(y, [&](int64_t index, int64_t p, int64_t n) {
+            Real *row = shifted + (plan.first_readers[y] + index) * plan.weights_pitch;
             Real *start = row + plan.sides + task.neighbours.dx[n];
             std::fill(row, start, Real(0));
-            read_weights(start, task.weights, task.weights_type, weights_of(image, y, n), task.width);
+            read_weights(start, task.weights, task.weights_type, weights_of(image, p, n), task.width);
             std::fill(start + task.width, row + plan.weights_pitch, Real(0));
-        }
+        });
     }
 
     // Columns beyond the image are summed like the others, and then added to the border that they replicate.
@@ -325,23 +338,27 @@ template <typename Real> struct Worker {
         }
     }
 
-    // List the readers of row y by their neighbour's column, leftmost first. Return how many rows of them there are.
+    // Call visit(index, p, n) for all readers of row y: neighbour n of the pixels of row p is in this row. Those with the
+    // leftmost neighbours come first. Return how many there are.
+    template <typename Visit> int64_t visit_readers(int64_t y, const Visit &visit) const
+    {
+        int64_t index = 0;
+        for (int64_t i = 0; i < task.neighbours.count; i++) {
+            const int64_t n = task.neighbours.by_dx[i];
+            const auto [first, last] = readers_of(task, y, n);
+            for (int64_t p = first; p <= last; p++) visit(index++, p, n);
+        }
+        return index;
+    }
+
+    // List the terms of row y of the transpose. Return how many there are.
     int64_t find_readers(const Real *from, const Real *shifted, const Table &table, int64_t y) const
     {
-        const int64_t bottom = task.height - 1;
-        int64_t count = 0;
-        for (int64_t i = 0; i < task.neighbours.count; i++) {
-            const int64_t n = task.neighbours.by_dx[i], dx = task.neighbours.dx[n], row = y - task.neighbours.dy[n];
-            // The top and the bottom row are also read in place of the rows beyond them.
-            const int64_t first = y == 0 ? 0 : std::max<int64_t>(row, 0);
-            const int64_t last = y == bottom ? bottom : std::min(row, bottom);
-            for (int64_t p = first; p <= last; p++, count++) {
-                rows[count] = table.row(from, p) - dx;
-                weights[count] = shifted + (p * task.neighbours.count + n) * plan.weights_pitch + plan.sides;
-                columns[count] = dx;
-            }
-        }
-        return count;
+        return visit_readers(y, [&](int64_t index, int64_t p, int64_t n) {
+            columns[index] = task.neighbours.dx[n];
+            rows[index] = table.row(from, p) - columns[index];
+            weights[index] = shifted + (plan.first_readers[y] + index) * plan.weights_pitch + plan.sides;
+        });
     }
 };
 
@@ -364,13 +381,14 @@ template <typename Real> PropagationPlan<Real>::PropagationPlan(const Propagatio
     shifted_size = task.transposed ? task.height * count * weights_pitch : 0;
     const bool narrow = task.width < LANES<Real>, single = sizeof(Real) == sizeof(float);
     halves = LOADS_HALVES && single && task.weights_type == FLOAT16 && !narrow && !task.transposed;
-    copied = !task.transposed && !halves && (task.weights_type != (single ? FLOAT32 : FLOAT64) || narrow);
-    terms = task.transposed ? most_readers(task) : count;
+    copied = !task.transposed && !halves && task.weights_type != (single ? FLOAT32 : FLOAT64);
+    terms = task.transposed ? std::max(count_readers(task, 0), count_readers(task, task.height - 1)) : count;
     const int64_t fitting = SLOTS_BYTES / ((table_size + shifted_size) * sizeof(Real));
     slots = std::clamp<int64_t>(std::min(fitting, total), 1, std::min(MAX_SLOTS, threads));
     Workspace workspace = {(uintptr_t)memory};
     for (auto &table : tables) table = workspace.take<Real>(slots * table_size);
     shifted = workspace.take<Real>(slots * shifted_size);
+    first_readers = workspace.take<int64_t>(task.transposed ? task.height : 0);
     shared_bytes = workspace.used;
     Worker<Real>(task, *this, workspace);
     worker_bytes = workspace.used - shared_bytes;
@@ -441,6 +459,8 @@ static void propagate_share(const Propagation &task, const PropagationPlan<Real>
 template <typename Real> static void propagate(const Propagation &task, void *memory)
 {
     const PropagationPlan<Real> plan(task, memory);
+    for (int64_t y = 0, first = 0; task.transposed && y < task.height; first += count_readers(task, y++))
+        plan.first_readers[y] = first;
     in_parallel(plan.threads, [&](int64_t thread, int64_t threads) {
         Workspace own = {(uintptr_t)memory, plan.shared_bytes + thread * plan.worker_bytes};
         propagate_share(task, plan, Worker<Real>(task, plan, own), thread, threads);

@@ -148,7 +148,11 @@ static inline void read_row(Real *out, const Real *image, const int64_t *strides
 template <typename Real>
 static inline void find_rows(const Real **rows, const Real *map, const Table &table, const Neighbours &neighbours, int64_t y)
 {
-    for (int64_t n = 0; n < neighbours.count; n++)
-        rows[n] = table.row(map, std::clamp<int64_t>(y + neighbours.dy[n], 0, table.height - 1)) + neighbours.dx[n];
+    const Real *row = nullptr;
+    for (int64_t n = 0; n < neighbours.count; n++) {
+        const int64_t dy = neighbours.dy[n];
+        if (n == 0 || dy != neighbours.dy[n - 1])
+            row = table.row(map, std::clamp<int64_t>(y + dy, 0, table.height - 1));
+        rows[n] = row + neighbours.dx[n];
+    }
 }
-
