@@ -81,7 +81,7 @@ def readme_text(rows: Sequence[Row]) -> str:
     ]
     columns = Columns(has_kept=any(row.kept for row in shown), has_bound=False)
     header, line, *_ = columns.header()
-    lines = [header.replace("| size |", "| batch x classes x height x width |"), line]
+    lines = [header.replace("| size |", "| layer, batch x classes x height x width |"), line]
     for group in groups:
         compiled = fastest_compiled(group)
         for row in group:
@@ -101,8 +101,8 @@ def readme_text(rows: Sequence[Row]) -> str:
     if columns.has_kept:
         sentences.append(
             '"Memory kept" is a process that keeps the memory that is freed. "Default" is the allocator of the C'
-            "\nlibrary as it is: the published form then spends most of its time on memory that is returned to the system"
-            "\nand requested again."
+            "\nlibrary as it is: the published form then spends most of its time on memory that is returned to the"
+            "\nsystem and requested again."
         )
     else:
         sentences.append(
