@@ -19,7 +19,7 @@ BENCH = pytest.StashKey[Bench]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks")
-    group.addoption("--benchmark", action="store_true", help="time everything: ten minutes on an idle machine")
+    group.addoption("--benchmark", action="store_true", help="time everything: 15 minutes on an idle machine")
     group.addoption("--benchmark-quick", action="store_true", help="time small sizes, in about a minute")
     group.addoption("--benchmark-kept", metavar="FILE", help="used by the two above: write times to FILE, no report")
 

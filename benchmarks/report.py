@@ -4,6 +4,7 @@ import csv
 import platform
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -17,14 +18,16 @@ from benchmarks.processor import LOADS_PER_CYCLE, clock, cpu_model, register_byt
 RESULTS = Path(__file__).resolve().parent / "results"
 README = RESULTS.parents[1] / "README.md"
 README_START, README_END = "<!-- speed: benchmarks/report.py writes this part -->", "<!-- end of speed -->"
+README_TITLES = ("PAMR", "PAR", "pseudo labels")
 COLUMNS = ("median_ms", "min_ms", "max_ms", "calls")
 AXES = ("side", "classes", "dilations", "iterations")
 BASE = {"classes": 21, "dilations": 6, "iterations": 10}
 
 
 def write_report(bench: Bench) -> Path:
-    """Write `<device>.md`, `.csv` and `.png` (those of quick runs into a folder of their own); return the folder."""
-    folder = RESULTS if bench.mode == "full" else RESULTS / "quick"
+    """Write `<device>.md`, `.csv` and `.png`, and return their folder; quick and partial runs have one of their own."""
+    complete = bench.mode == "full" and {row.title for row in bench.rows} >= set(README_TITLES)
+    folder = RESULTS if complete else RESULTS / "quick"
     folder.mkdir(parents=True, exist_ok=True)
     name = bench.device.type
     bandwidth = copy_bandwidth(bench.device)
@@ -39,7 +42,7 @@ def write_report(bench: Bench) -> Path:
             memory = "" if row.memory_mib is None else f"{row.memory_mib:.1f}"
             writer.writerow([*row.key, *summary(row.seconds), *summary(row.kept), bound, memory])
     plot(bench, bandwidth).savefig(folder / f"{name}.png", dpi=100)
-    if bench.mode == "full" and name == "cpu":
+    if complete and name == "cpu":
         update_readme()
     return folder
 
@@ -70,33 +73,44 @@ def update_readme() -> None:
 
 
 def readme_text(rows: Sequence[Row]) -> str:
-    """Return the ratios in one paragraph, and the table of PAMR: ours, the published and the fastest compiled form."""
-    pamr = [row for row in rows if row.title == "PAMR"]
-    sizes = {size: [row for row in pamr if row.size == size] for size in dict.fromkeys(row.size for row in pamr)}
-    columns = Columns(has_kept=any(row.kept for row in pamr), has_bound=False)
+    """Return the ratios in one paragraph, and the table: ours, the published and the fastest compiled form."""
+    shown = [row for row in rows if row.title in README_TITLES]
+    groups = [
+        [row for row in shown if (row.title, row.size) == key]
+        for key in dict.fromkeys((row.title, row.size) for row in shown)
+    ]
+    columns = Columns(has_kept=any(row.kept for row in shown), has_bound=False)
     header, line, *_ = columns.header()
-    lines = [header.replace("| size |", "| batch x classes x height x width |"), line]
-    for competitors in sizes.values():
-        ours, compiled = competitors[0], fastest_compiled(competitors)
-        shown = [row for row in competitors if row.competitor.startswith("ours") or row.competitor == "published"]
-        lines += [columns.line(row, ours) for row in [*shown, *([compiled] if compiled else [])]]
-    published = [(row, group[0]) for group in sizes.values() for row in group if row.competitor == "published"]
-    compiled_pairs = [(row, group[0]) for group in sizes.values() if (row := fastest_compiled(group))]
-    sentences = f"The published form takes {ratios(published)} times as long as ours."
+    lines = [header.replace("| size |", "| layer, batch x classes x height x width |"), line]
+    for group in groups:
+        compiled = fastest_compiled(group)
+        for row in group:
+            if row is compiled or not row.competitor.endswith(", compiled"):
+                lines.append(columns.line(replace(row, size=f"{row.title} {row.size}"), group[0]))
+    pairs = {
+        title: [(row, group[0]) for group in groups for row in group if row.title == title] for title in README_TITLES
+    }
+    sentences = []
+    for title in README_TITLES:
+        published = [(row, ours) for row, ours in pairs[title] if row.competitor == "published"]
+        if published:
+            sentences.append(f"The published form of {title} takes {ratios(published)} times as long as ours.")
+    compiled_pairs = [(peer, group[0]) for group in groups if (peer := fastest_compiled(group))]
     if compiled_pairs:
-        sentences += f"\nThe fastest form that `torch.compile` makes takes {ratios(compiled_pairs)} times as long."
+        sentences.append(f"The fastest form that `torch.compile` makes takes {ratios(compiled_pairs)} times as long.")
     if columns.has_kept:
-        sentences += (
-            '\n"Default" is the allocator of the C library as it is: the published form then spends most of its time on'
-            '\nmemory that is returned to the system and requested again. "Memory kept" is a process that keeps it.'
+        sentences.append(
+            '"Memory kept" is a process that keeps the memory that is freed. "Default" is the allocator of the C'
+            "\nlibrary as it is: the published form then spends most of its time on memory that is returned to the"
+            "\nsystem and requested again."
         )
     else:
-        sentences += (
-            "\nThese times are with the default allocator of the C library: the published form spends most of its time"
+        sentences.append(
+            "These times are with the default allocator of the C library: the published form spends most of its time"
             "\non memory that is returned to the system and requested again. Its ratio is several times smaller in a"
             "\nprocess that keeps its memory."
         )
-    return "\n".join([sentences, "", *lines])
+    return "\n".join([*sentences, "", *lines])
 
 
 def fastest_compiled(competitors: Sequence[Row]) -> Row | None:
@@ -109,8 +123,13 @@ def ratios(pairs: Sequence[tuple[Row, Row]]) -> str:
     """Return the range of the ratios of pairs (peer, ours), those with memory kept first."""
     kept = [peer.kept_median / ours.kept_median for peer, ours in pairs if peer.kept_median and ours.kept_median]
     default = [peer.median / ours.median for peer, ours in pairs]
-    texts = [f"{min(values):.3g} to {max(values):.3g}" for values in (kept, default) if values]
-    return f"{texts[0]} (with the default allocator: {texts[1]})" if kept else texts[0]
+    texts = [span(values) for values in (kept, default) if values]
+    return f"{texts[0]} (with the default allocator {texts[1]})" if kept else texts[0]
+
+
+def span(values: Sequence[float]) -> str:
+    """Return the lowest and the highest value, or the only one."""
+    return f"{min(values):.3g}" + (f" to {max(values):.3g}" if len(values) > 1 else "")
 
 
 def summary(seconds: Sequence[float]) -> list[str]:

@@ -38,8 +38,10 @@ def test_pseudo_labels(bench: Bench) -> None:
     side = bench.size(smoke=32, quick=128, full=448)
     images, cams, labels = problem(side, bench.device)
     ours = PseudoLabels(PAR(DILATIONS, NUM_ITER), max_classes=max(map(len, PRESENT)))
+    half = PseudoLabels(PAR(DILATIONS, NUM_ITER, affinity_dtype=torch.float16), max_classes=max(map(len, PRESENT)))
     competitors = {
         "ours": lambda: ours(images, cams, labels),
+        "ours, weights in float16": lambda: half(images, cams, labels),
         "loop with our PAR": lambda: published.pseudo_labels(PAR(DILATIONS, NUM_ITER), images, cams, labels),
         "published": lambda: published.pseudo_labels(
             lambda image, masks: published.par(image, masks, DILATIONS, NUM_ITER), images, cams, labels

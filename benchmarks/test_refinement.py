@@ -110,6 +110,27 @@ def test_gradient_to_the_masks(bench: Bench, case: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("case", ["training", "crop"])
+def test_threads(bench: Bench, case: str) -> None:
+    if bench.device.type != "cpu":
+        pytest.skip("threads of the CPU")
+    shape = bench.size(smoke=SMOKE[case], quick=QUICK[case], full=FULL[case])
+    image, mask = inputs(shape, bench.device)
+    before = torch.get_num_threads()
+
+    def on(threads: int) -> Tensor:
+        torch.set_num_threads(threads)
+        try:
+            return pamr(image, mask, NUM_ITER, DILATIONS)
+        finally:
+            torch.set_num_threads(before)
+
+    counts = sorted({1, 2, before} if before > 1 else {1})
+    competitors = {f"ours, {count} threads": partial(on, count) for count in counts}
+    bench.compare("PAMR over threads", name_of(shape), competitors, tolerance=0)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("batch", [1, 16])
 def test_fixed_cost(bench: Bench, batch: int) -> None:
     shape = (batch, 2, 8, 8)

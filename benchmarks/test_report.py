@@ -1,10 +1,13 @@
 """The tables: both allocators, ratios to ours, and the fraction of the bound."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from benchmarks import processor
+from benchmarks import processor, report
 from benchmarks.measure import Bench, Row
-from benchmarks.report import markdown
+from benchmarks.report import markdown, readme_text, write_report
 
 OURS = Row("PAMR", "1x2x8x8", "ours", (0.002, 0.001, 0.003), 4.0, {}, bound=0.0005, kept=(0.001, 0.002, 0.004))
 PEER = Row("PAMR", "1x2x8x8", "published", (0.2, 0.1, 0.3), 40.0, {}, kept=(0.05, 0.04, 0.06))
@@ -26,6 +29,22 @@ def test_one_allocator() -> None:
     header, _, ours = table(Row("nGWP", "1x2", "ours", (0.002,), None, {}))
     assert header == "| size |  | ms | ratio | peak MiB |"
     assert ours == "| 1x2 | ours | 2 (2 to 2) | 1 |  |"
+
+
+def test_readme_leads_with_the_ratio_of_kept_memory() -> None:
+    labels = replace(OURS, title="pseudo labels"), replace(PEER, title="pseudo labels")
+    first, second, *_ = readme_text([OURS, PEER, *labels]).splitlines()
+    assert first == "The published form of PAMR takes 25 (with the default allocator 100) times as long as ours."
+    assert second.startswith("The published form of pseudo labels takes 25 ")
+
+
+def test_a_part_of_the_benchmarks_does_not_replace_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    part = [replace(OURS, title="pseudo labels"), replace(PEER, title="pseudo labels")]
+    assert write_report(Bench("full", rows=part)) == tmp_path / "quick"
+    assert "| 1x2x8x8 | published | 50 (40 to 60) | 25 |" in (tmp_path / "quick" / "cpu.md").read_text()
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_load_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import wsseg_layers
 from tests.checkout import ROOT, copy_sources, python, run
+from wsseg_layers.kernels.backends.cpp import library as cpp_library
 
 BACKENDS = "wsseg_layers/kernels/backends"
 
@@ -80,7 +81,7 @@ def test_holds_the_library_and_its_kernels_and_nothing_else(wheel: Path) -> None
     }
     assert library
     assert kernels
-    sources = {f"{BACKENDS}/cpp/{name}.cpp" for name in ("kernels", "lattice")}
+    sources = {f"{BACKENDS}/cpp/{source.name}" for source in (*cpp_library.SOURCES, *cpp_library.HEADERS)}
     assert shipped == library | kernels | sources | {"wsseg_layers/py.typed"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -15,6 +15,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def check_real(name: str, value: float) -> None:
     """Refuse anything but a number that float32 can hold."""
+    if type(value) is float and -FLOAT32_MAX <= value <= FLOAT32_MAX:
+        return  # what follows takes some microseconds
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     # A large integer does not fit a float, and NumPy's float16 compares correctly only as a Python float.
@@ -70,6 +72,8 @@ def check_count(name: str, value: int, minimum: int) -> None:
 
 def check_dilations(dilations: Sequence[int]) -> tuple[int, ...]:
     """Return the dilations as a tuple of positive integers, at least one."""
+    if type(dilations) is tuple and dilations and all(type(d) is int and 0 < d <= INT32_MAX for d in dilations):
+        return dilations  # as PAMR and PAR pass them: what follows takes 10 us
     if isinstance(dilations, (str, bytes)) or not isinstance(dilations, Sequence):
         raise TypeError(f"dilations must be a sequence of integers, got {dilations!r}")
     if not dilations:
@@ -81,6 +85,8 @@ def check_dilations(dilations: Sequence[int]) -> tuple[int, ...]:
 
 def check_floating(name: str, tensor: Tensor) -> None:
     """Refuse anything but a dense tensor of float16, bfloat16, float32 or float64."""
+    if type(tensor) is Tensor and tensor.dtype in DTYPES and tensor.layout is torch.strided and not tensor.is_nested:
+        return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():

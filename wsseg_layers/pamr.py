@@ -170,6 +170,10 @@ class PAMR(StatelessRefinement):
         """
         return pamr_propagate(mask, affinity, self.dilations, self.num_iter, self.backend, counts)
 
+    def sum_of_weights(self) -> float:
+        """Return what the weights of a pixel sum to."""
+        return 1 + check_variant(self.variant).position_weight
+
     def extra_repr(self) -> str:
         """Return what `print(module)` shows."""
         return (

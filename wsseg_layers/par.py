@@ -183,6 +183,10 @@ class PAR(StatelessRefinement):
         check_pixels("masks", masks)
         return pamr_propagate(masks, affinity, self.dilations, self.num_iter, self.backend, counts)
 
+    def sum_of_weights(self) -> float:
+        """Return what the weights of a pixel sum to."""
+        return 1 if self.renormalise else 1 + self.w2
+
     def extra_repr(self) -> str:
         """Return what `print(module)` shows."""
         return (

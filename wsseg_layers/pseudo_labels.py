@@ -29,10 +29,12 @@ from ._checks import (
 )
 from ._dtypes import cast, working_dtype
 from ._refinement import present_first, put_channels, reads_values, take_channels
+from .kernels.backends import LabelBackend, find_label_backend
 from .pamr import PAMR
 from .par import PAR
 
 IGNORE_INDEX = 255
+ROUNDING = 1e-6  # of float32, over the iterations of a refinement
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def cam_to_label(
     number = (index + 1).gather(1, channel.flatten(1)).view(channel.shape)
     thresholds = [_background_map(score, classes, valid, align_corners=False)[:, 0] for score in scores]
     chosen = [number.masked_fill(~(value > threshold), 0) for threshold in thresholds]
-    result = _finish(torch.stack(chosen, dim=2), inside, ignore_index)
+    result = chosen[0] if len(chosen) == 1 else merge_labels(chosen[0], chosen[1], ignore_index)
+    result = result if inside is None else result.masked_fill(~inside[:, None], ignore_index)
     return result if cams.ndim == 5 else result[:, 0]
 
 
@@ -231,20 +234,31 @@ def _labels_and_maps(
     inside = _check_boxes(boxes, ("images", images), crop)
     index, counts = _present(labels, max_classes)
     classes = _take(views, index + 1 if background is None else index)  # [B, M, V, h, w]
-    steps = partial(_refine, refine=refine, softmax=softmax, down_scale=down_scale, align_corners=align_corners)
+    compiled = _compiled(refine, counts, images, views)
+    steps = partial(
+        _refine,
+        refine=refine,
+        softmax=softmax,
+        down_scale=down_scale,
+        align_corners=align_corners,
+        resize_images=_resize if compiled is None else compiled.resize,
+        resize_cams=_resize if compiled is None or align_corners or with_maps else compiled.resize,
+        exact=with_maps,
+    )
+    choose = partial(_choose, num_scores=len(scores), ignore_index=ignore_index, compiled=compiled)
     num_classes = labels.shape[1] if with_maps else None
     if boxes is None or not crop or len(images) == 0:
-        chosen, soft = _refine_and_choose(images, classes, scores, index, counts, steps, num_classes)
+        chosen, soft = _refine_and_choose(images, classes, scores, index, counts, steps, choose, num_classes)
     else:
         outputs = []
         for b, box in enumerate(boxes.tolist()):
             one, count = slice(b, b + 1), max(1, int(counts[b])) if reads_values(counts) else index.shape[1]
             own_scores = [score[one] if isinstance(score, Tensor) else score for score in scores]
             own = (images[one], classes[one, :count], own_scores, index[one, :count], counts[one])
-            outputs.append(_in_box(*own, steps, num_classes, box, ignore_index))
+            outputs.append(_in_box(*own, steps, choose, num_classes, box, ignore_index))
         chosen = torch.cat([own_labels for own_labels, _ in outputs])
         soft = torch.cat([maps for _, maps in outputs if maps is not None]) if with_maps else None
-    result = _finish(chosen.unflatten(1, (-1, len(scores))), inside, ignore_index)
+    result = chosen if inside is None else chosen.masked_fill(~inside[:, None], ignore_index)
     result = result if cams.ndim == 5 else result[:, 0]
     if soft is None:
         return result, None
@@ -451,13 +465,14 @@ def _refine_and_choose(
     index: Tensor,
     counts: Tensor,
     steps: Callable[..., Tensor],
+    choose: Callable[..., Tensor],
     num_classes: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return labels [B, V * S, H, W] for S background scores, and maps [B, 1 + C, V * S, H, W] if C is given."""
+    """Return labels [B, V, H, W], and maps [B, 1 + C, V * S, H, W] for S background scores if C is given."""
     size = images.shape[2:]
     maps = steps(images, classes, scores, index, counts)
     soft = None if num_classes is None else _unpack(maps, index, counts, num_classes, size)
-    return _choose(maps, index, counts, size), soft
+    return choose(maps, index, counts, size), soft
 
 
 def _in_box(
@@ -467,6 +482,7 @@ def _in_box(
     index: Tensor,
     counts: Tensor,
     steps: Callable[..., Tensor],
+    choose: Callable[..., Tensor],
     num_classes: int | None,
     box: Sequence[int],
     ignore_index: int,
@@ -476,15 +492,15 @@ def _in_box(
     size = image.shape[2:]
     padding = (left, size[1] - right, top, size[0] - bottom)
     if top == bottom or left == right:  # nothing is valid
-        groups = classes.shape[2] * len(scores)
-        soft = None if num_classes is None else classes.new_zeros(1, 1 + num_classes, groups, *size)
-        return index.new_full((1, groups, *size), ignore_index), soft
+        views = classes.shape[2]
+        soft = None if num_classes is None else classes.new_zeros(1, 1 + num_classes, views * len(scores), *size)
+        return index.new_full((1, views, *size), ignore_index), soft
 
     def crop(maps: Tensor) -> Tensor:
         return _resize(maps, size)[..., top:bottom, left:right]
 
     cropped = [crop(s) if isinstance(s, Tensor) and s.shape[-2:] != (1, 1) else s for s in scores]
-    labels, soft = _refine_and_choose(crop(image), crop(classes), cropped, index, counts, steps, num_classes)
+    labels, soft = _refine_and_choose(crop(image), crop(classes), cropped, index, counts, steps, choose, num_classes)
     return F.pad(labels, padding, value=ignore_index), None if soft is None else F.pad(soft, padding)
 
 
@@ -498,15 +514,22 @@ def _refine(
     softmax: bool,
     down_scale: int,
     align_corners: bool,
+    resize_images: Callable[..., Tensor],
+    resize_cams: Callable[..., Tensor],
+    exact: bool,
 ) -> Tensor:
-    """Return refined maps [B, 1 + M, V * S, h, w] of present classes [B, M, V, ., .] with S background scores."""
+    """Return refined maps [B, 1 + M, V * S, h, w] of present classes [B, M, V, ., .] with S background scores.
+
+    Without `exact`, the background may differ by 1e-6 from what refining it would give.
+    """
     height, width = images.shape[2:]
     if min(height, width) < down_scale:
         raise ValueError(
             f"down_scale must be at most the height and width that are refined, got {down_scale} for {height} x {width}"
         )
     size = (height // down_scale, width // down_scale)
-    classes = _resize(classes, size, align_corners)
+    if classes.shape[-2:] != size:
+        classes = resize_cams(classes, size, **({"align_corners": True} if align_corners else {}))
     valid = _valid(index, counts)[:, :, None, None, None]
     batch, _, views, *_ = classes.shape
     backgrounds = [
@@ -520,16 +543,50 @@ def _refine(
     maps = (maps.softmax(dim=1) if softmax else maps).flatten(2, 3)
     if refine is None:
         return maps
-    affinity = refine.affinity(_resize(images, size))
-    return refine.propagate(maps.flatten(1, 2), affinity, (1 + counts) * maps.shape[2]).view(maps.shape)
+    affinity = refine.affinity(images if images.shape[2:] == size else resize_images(images.detach(), size))
+    if exact or not softmax or affinity.dtype != torch.float32:
+        return refine.propagate(maps.flatten(1, 2), affinity, (1 + counts) * maps.shape[2]).view(maps.shape)
+    # The channels of a pixel sum to 1, and every iteration multiplies their sum by that of the weights: the background
+    # is what the classes leave. It is raised by more than what rounding may take, so that it still wins where all are
+    # equal.
+    total = (1 + ROUNDING) * refine.sum_of_weights() ** refine.num_iter
+    refined = refine.propagate(maps[:, 1:].flatten(1, 2), affinity, counts * maps.shape[2]).view(maps[:, 1:].shape)
+    return torch.cat([total - refined.sum(dim=1, keepdim=True), refined], dim=1)
 
 
-def _choose(maps: Tensor, index: Tensor, counts: Tensor, size: Sequence[int]) -> Tensor:
-    """Return the labels [B, G, H, W] of the highest channels of maps [B, 1 + M, G, h, w], resized to H x W."""
-    if not reads_values(counts):
-        return _argmax(maps, index + 1, _valid(index, counts), size)
-    images = enumerate(counts.tolist())
-    return torch.cat([_argmax(maps[b : b + 1, : 1 + n], index[b : b + 1] + 1, None, size) for b, n in images])
+def _choose(
+    maps: Tensor,
+    index: Tensor,
+    counts: Tensor,
+    size: Sequence[int],
+    num_scores: int,
+    ignore_index: int,
+    compiled: LabelBackend | None,
+) -> Tensor:
+    """Return labels [B, V, H, W]: the highest channels of maps [B, 1 + M, V * S, h, w], resized to H x W, merged."""
+    maps = maps.detach()
+    if compiled is not None:
+        return compiled.choose_labels(maps, index + 1, counts, num_scores, size, ignore_index)
+    if reads_values(counts):
+        images = enumerate(counts.tolist())
+        parts = [_argmax(maps[b : b + 1, : 1 + n], index[b : b + 1] + 1, None, size) for b, n in images]
+        chosen = torch.cat(parts)
+    else:
+        chosen = _argmax(maps, index + 1, _valid(index, counts), size)
+    return chosen if num_scores == 1 else merge_labels(chosen[:, ::2], chosen[:, 1::2], ignore_index)
+
+
+def _compiled(refine: PAMR | PAR | None, counts: Tensor, *maps: Tensor) -> LabelBackend | None:
+    """Return the backend of the refinement if it has functions for labels and maps can be passed to it, else None.
+
+    They can in eager mode and as float32. No gradient is recorded.
+    """
+    if refine is None or not reads_values(counts):
+        return None
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by torch.func
+    if any(x.dtype != torch.float32 or wrapped(x) for x in maps):
+        return None
+    return find_label_backend(refine.backend, counts.device)
 
 
 def _argmax(maps: Tensor, numbers: Tensor, valid: Tensor | None, size: Sequence[int]) -> Tensor:
@@ -541,7 +598,6 @@ def _argmax(maps: Tensor, numbers: Tensor, valid: Tensor | None, size: Sequence[
         valid: bool [B, M], the classes that may be chosen; None for all.
         size: height and width of the result.
     """
-    maps = maps.detach()
     best = _resize(maps[:, 0], size)
     result = torch.zeros_like(best, dtype=torch.int64)
     for k in range(maps.shape[1] - 1):
@@ -560,12 +616,6 @@ def _unpack(maps: Tensor, index: Tensor, counts: Tensor, num_classes: int, size:
     valid = F.pad(_valid(index, counts), (1, 0), value=True)[:, :, None, None, None]
     resized = _resize(maps, size).masked_fill(~valid, 0)
     return put_channels(resized, F.pad(index + 1, (1, 0)), 1 + num_classes)
-
-
-def _finish(labels: Tensor, inside: Tensor | None, ignore_index: int) -> Tensor:
-    """Merge labels [B, V, S, H, W] of S scores, and ignore what is outside of the boxes."""
-    merged = labels[:, :, 0] if labels.shape[2] == 1 else merge_labels(labels[:, :, 0], labels[:, :, 1], ignore_index)
-    return merged if inside is None else merged.masked_fill(~inside[:, None], ignore_index)
 
 
 def _background_map(score: Score, classes: Tensor, valid: Tensor, align_corners: bool) -> Tensor:

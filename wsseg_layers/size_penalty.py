@@ -46,7 +46,7 @@ def focal_size_penalty(masks: Tensor, p: float = 3.0, lam: float = 0.01) -> Tens
     mean = masks.mean(dim=(2, 3), dtype=working_dtype(masks))  # eq. 16
     rest = 1 - mean
     if p > 1:
-        focus = rest.clamp(min=0).pow(float(p))
+        focus = rest.relu().pow(float(p))
     else:  # at 0 the derivative of the power is infinite for p < 1, and undefined for p = 1
         full = rest <= 0
         focus = rest.masked_fill(full, 1.0).pow(float(p)).masked_fill(full, 0.0**p)

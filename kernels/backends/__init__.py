@@ -80,6 +80,22 @@ class FilterBackend(Protocol):
         """Return the gradient of the logits, given that of the marginals."""
 
 
+class LabelBackend(Protocol):
+    """What a backend may have beside the functions of `Backend`: the steps around a refinement of pseudo labels."""
+
+    def resize(self, maps: Tensor, size: Sequence[int]) -> Tensor:
+        """Resize float32 maps [..., h, w] bilinearly, with `align_corners=False`."""
+
+    def choose_labels(
+        self, maps: Tensor, numbers: Tensor, counts: Tensor, scores: int, size: Sequence[int], ignore_index: int
+    ) -> Tensor:
+        """Return the labels [B, V, H, W] of the highest channels of float32 maps [B, 1 + M, V * S, h, w], resized.
+
+        `numbers` [B, M] are the labels of the classes, `counts` [B] the number of classes of every image. With S = 2
+        background scores, (high, low), a pixel that is background with the first one only gets `ignore_index`.
+        """
+
+
 # backend="auto" takes the first one that runs on the device.
 BACKENDS: dict[str, Backend] = {"triton": triton, "cpp": cpp, "eager": eager}
 
@@ -136,6 +152,12 @@ def find_filters(name: str, device: torch.device) -> FilterBackend:
     """Return the filters of the backend that `backend=name` means on a device, or those of the eager backend."""
     backend = find_backend(name, device)
     return backend if hasattr(backend, "make_filter") else eager  # type: ignore[return-value]
+
+
+def find_label_backend(name: str, device: torch.device) -> LabelBackend | None:
+    """Return the backend that `backend=name` means on a device, or None if it has no functions for labels."""
+    backend = find_backend(name, device)
+    return backend if hasattr(backend, "choose_labels") else None  # type: ignore[return-value]
 
 
 def find_decomposition(name: str) -> ModuleType | None:

@@ -1,4 +1,4 @@
-"""Affinity and propagation in C++ (kernels.cpp), for CPUs."""
+"""Affinity and propagation in C++ (affinity.cpp, propagation.cpp), for CPUs."""
 
 import ctypes
 import functools
@@ -12,16 +12,19 @@ from ...neighbourhood import neighbour_offsets
 from ...variants import Variant, position_affinity
 from ..eager import mean_field_gradient
 from . import library
+from .labels import choose_labels, resize
 from .lattice import make_filter, mean_field
 
 __all__ = [
     "affinity",
+    "choose_labels",
     "empty_affinity",
     "make_filter",
     "mean_field",
     "mean_field_gradient",
     "propagate",
     "propagate_transposed",
+    "resize",
     "unavailable",
 ]
 
@@ -33,7 +36,10 @@ CHUNK_BYTES, CHUNK_BYTES_FROM_MEMORY = 4 * 2**20, 24 * 2**20
 # A row of pixels reads 13 rows (6 dilations). For 12 channels, they and the weights fit a first-level cache of 48 KiB.
 GROUP, GROUP_OF_SMALL_CACHE, GROUP_CACHE_BYTES = 12, 6, 48 * 2**10
 
-# What kernels.cpp calls the types of the weights that it reads.
+# Below this factor of sigma, squares of float32 are not exact enough.
+LEAST_WEIGHT = 0.1
+
+# What propagation.cpp calls the types of the weights that it reads.
 TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
@@ -52,7 +58,8 @@ def empty_affinity(image: Tensor, neighbours: int) -> Tensor:
 
 def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Tensor) -> None:
     """Fill `out`, of `empty_affinity`, with the affinity of an image [B, K, H, W]."""
-    image = image.to(torch.float64 if variant.in_double else torch.float32).resolve_neg()
+    in_double = _in_double(variant, image.dtype)
+    image = image.to(torch.float64 if in_double else torch.float32).resolve_neg()
     task = library.Affinity(
         image.data_ptr(),
         image.stride(),
@@ -62,7 +69,16 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Ten
         _numbers(tuple(dilations), variant),
         torch.get_num_threads(),
     )
-    _run("affinity_double" if variant.in_double else "affinity_float", task)
+    library.run("affinity_double" if in_double else "affinity_float", task)
+
+
+def _in_double(variant: Variant, dtype: torch.dtype) -> bool:
+    """Return whether float32 would lose digits of the weights of an image of a dtype.
+
+    Divided by sigma, differences that matter are at most some tens: affinity.cpp loses nothing of their squares.
+    """
+    bounded = variant.sigma_power == 1 and variant.weight >= LEAST_WEIGHT and dtype != torch.float64
+    return variant.in_double and not bounded
 
 
 def propagate(
@@ -111,7 +127,7 @@ def _propagate(
         _group(),
         chunk_bytes,
     )
-    _run("propagate_double" if dtype == torch.float64 else "propagate_float", task)
+    library.run("propagate_double" if dtype == torch.float64 else "propagate_float", task)
     return result.to(mask.dtype)
 
 
@@ -126,14 +142,6 @@ def _first_level_cache() -> int:
         return os.sysconf("SC_LEVEL1_DCACHE_SIZE")
     except (ValueError, OSError):  # another C library
         return 0
-
-
-def _run(function: str, task: ctypes.Structure) -> None:
-    """Call a function of the library with the memory that it asks for."""
-    loaded = library.load()
-    size = getattr(loaded, f"{function}_workspace")(task)
-    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
-    getattr(loaded, function)(task, workspace.data_ptr())
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""kernels.cpp as a loaded library: the compiled one of the wheel, else one made by the machine's own compiler.
+"""The C++ as a loaded library: the compiled one of the wheel, else one made by the machine's own compiler.
 
 The second kind is made when it is first needed, and kept in a cache folder for the next process.
 """
@@ -19,7 +19,9 @@ from pathlib import Path
 
 import torch
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cpp", "lattice.cpp"))
+FOLDER = Path(__file__).parent
+SOURCES = tuple(FOLDER / name for name in ("affinity.cpp", "propagation.cpp", "labels.cpp", "lattice.cpp"))
+HEADERS = (FOLDER / "tables.h",)
 OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC")
 # What is tried in this order: the file's name, and the options that it needs.
 BUILDS = {"kernels.so": ("-shared", "-fopenmp"), "kernels-serial.so": ("-shared",)}
@@ -96,12 +98,51 @@ class Propagation(ctypes.Structure):
     )
 
 
+class Resize(ctypes.Structure):
+    """The arguments of `resize`."""
+
+    _fields_ = (
+        ("maps", ctypes.c_void_p),
+        ("strides", ctypes.c_int64 * 3),
+        ("planes", ctypes.c_int64),
+        ("in_height", ctypes.c_int64),
+        ("in_width", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+class Labels(ctypes.Structure):
+    """The arguments of `choose_labels`."""
+
+    _fields_ = (
+        ("maps", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
+        ("numbers", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("views", ctypes.c_int64),
+        ("scores", ctypes.c_int64),
+        ("in_height", ctypes.c_int64),
+        ("in_width", ctypes.c_int64),
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("ignore_index", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
 # The functions and their arguments. `{name}_workspace` counts the bytes of memory that a caller passes beside them.
 FUNCTIONS = {
     "affinity_float": Affinity,
     "affinity_double": Affinity,
     "propagate_float": Propagation,
     "propagate_double": Propagation,
+    "resize": Resize,
+    "choose_labels": Labels,
 }
 
 
@@ -117,7 +158,15 @@ def problem() -> str | None:
 
 def shipped(instructions: str) -> Path:
     """Return where a wheel has the library for a set of instructions."""
-    return SOURCES[0].with_name(f"kernels-{instructions.lower()}.so")
+    return FOLDER / f"kernels-{instructions.lower()}.so"
+
+
+def run(function: str, task: ctypes.Structure) -> None:
+    """Call one of `FUNCTIONS` with the memory that it asks for."""
+    loaded = load()
+    size = getattr(loaded, f"{function}_workspace")(task)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
+    getattr(loaded, function)(task, workspace.data_ptr())
 
 
 @functools.cache
@@ -170,10 +219,18 @@ def _declare_lattice(library: ctypes.CDLL) -> None:
 
 
 def _check_structs(library: ctypes.CDLL) -> None:
-    """Refuse a library whose structs are not those above: it was made from another version of kernels.cpp."""
-    structs = (Affinity, Propagation)
-    expected = [ctypes.sizeof(struct) for struct in structs]
-    actual = list((ctypes.c_int64 * len(structs)).in_dll(library, "struct_sizes"))
+    """Refuse a library whose structs are not those above: it was made from another version of the C++."""
+    structs = {
+        "affinity_size": Affinity,
+        "propagation_size": Propagation,
+        "resize_size": Resize,
+        "labels_size": Labels,
+    }
+    expected = [ctypes.sizeof(struct) for struct in structs.values()]
+    try:
+        actual = [ctypes.c_int64.in_dll(library, name).value for name in structs]
+    except ValueError as error:
+        raise OSError(f"the compiled library is of another version: {error}") from error
     if actual != expected:
         raise OSError(f"the compiled library is of another version: its structs have {actual} bytes, not {expected}")
 
@@ -193,8 +250,8 @@ def _load_from_cache(command: list[str], cache: Path) -> ctypes.CDLL:
 
     Home directories are shared by machines, so files are named after everything that a library depends on.
     """
-    _, version, _ = _run([*command, "--version"])
-    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    _, version, _ = _execute([*command, "--version"])
+    sources = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
     depends_on = [*command, version, platform.machine(), *platform.libc_ver(), *sources]
     key = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
     for name in BUILDS:
@@ -223,14 +280,14 @@ def _compile(command: list[str], folder: Path) -> Path:
     errors = []
     for name, options in BUILDS.items():
         arguments = [*command, *options, *map(str, SOURCES), "-o", str(folder / name)]
-        status, _, messages = _run(arguments)
+        status, _, messages = _execute(arguments)
         if status == 0:
             return folder / name
         errors.append(f"{shlex.join(arguments)}: {messages}")
     raise OSError(errors[0])
 
 
-def _run(command: list[str]) -> tuple[int, str, str]:
+def _execute(command: list[str]) -> tuple[int, str, str]:
     """Return the exit status of a command, and what it prints."""
     finished = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False

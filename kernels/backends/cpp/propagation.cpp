@@ -1,29 +1,15 @@
-// The affinity of PAMR and PAR (eq. 8) and its propagation (eq. 7) on a CPU. library.py compiles it, __init__.py calls
-// it. Nothing is allocated here: a caller asks `*_workspace` how many bytes to pass.
+// The propagation of PAMR and PAR (eq. 7) on a CPU, and its transpose. library.py compiles it, __init__.py calls it.
+// Nothing is allocated here: a caller asks `*_workspace` how many bytes to pass.
 //
-// Maps are copied to tables [height][channels][pitch]. In a row of a table, the image starts at column `left`, and its
-// border is replicated on both sides, so that a neighbour is read like any other pixel. The transposed propagation
-// has zeros there instead. An affinity is [batch][height][neighbours][width].
+// An affinity is [batch][height][neighbours][width].
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
+#include "tables.h"
+
 #include <cstring>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include <utility>
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
-
-#if defined(__AVX512F__)
-constexpr int REGISTER = 64; // bytes
-#elif defined(__AVX__)
-constexpr int REGISTER = 32;
-#else
-constexpr int REGISTER = 16;
-#endif
-constexpr int LINE = 64; // bytes of a cache line
 
 // Sums that stay in registers, with room for the weights and an operand beside them.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -33,34 +19,14 @@ constexpr int SUMS = 12;
 #endif
 constexpr int MAX_CHANNELS = 12, MAX_VECTORS = 4; // of which they are made
 
-// The least work of a thread: terms of sums in one iteration, and neighbours of pixels in all channels of an image.
-constexpr int64_t PROPAGATE_GRAIN = 1 << 18, AFFINITY_GRAIN = 1 << 15;
+// The least work of a thread: terms of sums in one iteration.
+constexpr int64_t GRAIN = 1 << 18;
 
 // As many images or chunks of channels are worked on at once as there are threads, if their tables fit these bytes.
 constexpr int64_t SLOTS_BYTES = 24 << 20;
 constexpr int64_t MAX_SLOTS = 64;
 
-struct Neighbours {
-    int64_t count, reach;
-    const int64_t *dy, *dx; // where neighbour n is; |dx[n]| <= reach
-    const int64_t *by_dx;   // the neighbours from the leftmost to the rightmost
-};
-
-// The numbers of a Variant of variants.py; `position` holds every neighbour's position term.
-struct Variant {
-    double guard, weight, samples;
-    int64_t sigma_power, power;
-    const double *position;
-};
-
-struct Affinity {
-    const void *image; // [batch][channels][height][width], with strides in elements
-    int64_t strides[4], batch, channels, height, width;
-    float *out;
-    Neighbours neighbours;
-    Variant variant;
-    int64_t threads;
-};
+enum Type { FLOAT64, FLOAT32, FLOAT16, BFLOAT16 };
 
 struct Propagation {
     const void *masks; // [batch][channels][height][width], with strides in elements
@@ -73,309 +39,6 @@ struct Propagation {
     int64_t iterations, transposed, threads;
     int64_t group, chunk_bytes; // channels that are summed together, and that stay in the cache
 };
-
-enum Type { FLOAT64, FLOAT32, FLOAT16, BFLOAT16 };
-
-template <typename Real> struct Types;
-template <> struct Types<float> {
-    typedef float Vector __attribute__((vector_size(REGISTER), aligned(sizeof(float)), may_alias));
-    static constexpr Type type = FLOAT32;
-};
-template <> struct Types<double> {
-    typedef double Vector __attribute__((vector_size(REGISTER), aligned(sizeof(double)), may_alias));
-    static constexpr Type type = FLOAT64;
-};
-template <typename Real> using Vector = typename Types<Real>::Vector;
-template <typename Real> constexpr int LANES = REGISTER / sizeof(Real);
-
-// clang forgets in templates that the type needs no alignment; GCC makes slow code of memcpy with AVX2.
-template <typename Real> static Vector<Real> load(const Real *address)
-{
-#ifdef __clang__
-    Vector<Real> vector;
-    std::memcpy(&vector, address, sizeof vector);
-    return vector;
-#else
-    return *(const Vector<Real> *)address;
-#endif
-}
-template <typename Real> static void store(Real *address, Vector<Real> vector)
-{
-#ifdef __clang__
-    std::memcpy(address, &vector, sizeof vector);
-#else
-    *(Vector<Real> *)address = vector;
-#endif
-}
-
-static int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
-// ---- Threads ----
-
-// Call body(thread, threads) in every thread. One thread opens no parallel region, which a forked child could not.
-template <typename Body> static void in_parallel([[maybe_unused]] int64_t threads, const Body &body)
-{
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        body(omp_get_thread_num(), omp_get_num_threads());
-        return;
-    }
-#endif
-    body(0, 1);
-}
-
-static void wait_for_all([[maybe_unused]] int64_t threads)
-{
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp barrier
-    }
-#endif
-}
-
-// How many threads are worth `work`.
-static int64_t limit_threads(int64_t threads, int64_t work, int64_t grain)
-{
-    return std::clamp<int64_t>(work / grain, 1, std::max<int64_t>(threads, 1));
-}
-
-// Cuts memory into arrays that start at a cache line of their own. With no memory, it only measures how much is needed.
-struct Workspace {
-    uintptr_t base;
-    int64_t used = 0;
-    template <typename T> T *take(int64_t count)
-    {
-        T *array = (T *)(base + used);
-        used += round_up(count * sizeof(T), LINE);
-        return array;
-    }
-};
-
-// ---- Tables ----
-
-struct Table {
-    int64_t channels, height, width, left, pitch;
-    template <typename Real> Real *row(Real *table, int64_t y) const { return table + y * channels * pitch + left; }
-};
-
-template <typename Real>
-static Table make_table(int64_t channels, int64_t height, int64_t width, int64_t reach, int64_t right)
-{
-    constexpr int64_t line = LINE / sizeof(Real);
-    const int64_t left = round_up(reach, line);
-    // An odd number of lines, so that rows do not share the same few sets of the first-level cache.
-    const int64_t lines = divide_up(left + std::max<int64_t>(width, LANES<Real>) + right, line) | 1;
-    return {channels, height, width, left, lines * line};
-}
-
-// Fill the columns beyond both sides of the image with the border, or with zeros.
-template <typename Real> static void pad_sides(Real *row, const Table &table, bool zeros)
-{
-    std::fill(row - table.left, row, zeros ? Real(0) : row[0]);
-    std::fill(row + table.width, row + table.pitch - table.left, zeros ? Real(0) : row[table.width - 1]);
-}
-
-// Copy row y of an image [channels][height][width] to its table.
-template <typename Real>
-static void read_row(Real *out, const Real *image, const int64_t *strides, int64_t y, const Table &table, bool zeros)
-{
-    for (int64_t c = 0; c < table.channels; c++, out += table.pitch) {
-        const Real *in = image + c * strides[1] + y * strides[2];
-        if (strides[3] == 1)
-            std::copy_n(in, table.width, out);
-        else
-            for (int64_t x = 0; x < table.width; x++) out[x] = in[x * strides[3]];
-        pad_sides(out, table, zeros);
-    }
-}
-
-// Point to column 0 of every neighbour's row for the pixels of row y. Rows beyond the border are the border's.
-template <typename Real>
-static void find_rows(const Real **rows, const Real *map, const Table &table, const Neighbours &neighbours, int64_t y)
-{
-    for (int64_t n = 0; n < neighbours.count; n++)
-        rows[n] = table.row(map, std::clamp<int64_t>(y + neighbours.dy[n], 0, table.height - 1)) + neighbours.dx[n];
-}
-
-// ---- Affinity, eq. 8: softmax over n of -mean_k (|I_ki - I_kn| / (guard + weight sigma_ki^sigma_power))^power ----
-
-// Pixels are weighed in blocks of this size. Moments and exponents are `Real`, the softmax is float32.
-constexpr int BLOCK = 2 * LANES<float>;
-
-// What a thread needs to weigh a block of pixels.
-template <typename Real> struct Scratch {
-    const Real *centre, **rows; // where column 0 of the row and its neighbours is
-    Real (*scales)[BLOCK];      // of every channel
-    Real (*exponents)[BLOCK];   // of every neighbour
-    float (*weights)[BLOCK];
-};
-
-template <typename Real> static Vector<Real> square_root(Vector<Real> x)
-{
-    Real lanes[LANES<Real>];
-    store(lanes, x);
-    for (Real &lane : lanes) lane = std::sqrt(lane);
-    return load(lanes);
-}
-
-// 2^x for x <= 0, to a relative 2e-7. NaN stays NaN.
-static Vector<float> power_of_2(Vector<float> x)
-{
-    typedef int32_t Bits __attribute__((vector_size(REGISTER)));
-    constexpr float magic = 3 << 22; // adding it rounds, and leaves the integer in the lowest bits
-    x = x < -126 ? Vector<float>{} - 126 : x;
-    const Vector<float> shifted = x + magic, rest = (x - (shifted - magic)) * float(M_LN2);
-    Vector<float> series = Vector<float>{} + 1.f / 5040;
-    for (float factorial : {720.f, 120.f, 24.f, 6.f, 2.f, 1.f, 1.f}) series = series * rest + 1 / factorial;
-    return (Vector<float>)((Bits)series + ((Bits)shifted << 23)); // the integer is added to the exponent
-}
-
-// Return 1 / (guard + weight sigma^sigma_power) of a channel, for the register of pixels that starts at `first`.
-template <typename Real>
-static Vector<Real> find_scale(const Scratch<Real> &scratch, int64_t first, const Affinity &task)
-{
-    const Variant &variant = task.variant;
-    const Vector<Real> middle = load(scratch.centre + first), none = {};
-    // Moments about the pixel itself: sigma is 0 where the image is flat, and no offset of the image cancels anything.
-    Vector<Real> total = {}, squares = {};
-    for (int64_t n = 0; n < task.neighbours.count; n++) {
-        const Vector<Real> difference = load(scratch.rows[n] + first) - middle;
-        total += difference;
-        squares += difference * difference;
-    }
-    const Real samples = variant.samples;
-    Vector<Real> sigma = (squares - total * total / samples) / (samples - 1);
-    sigma = sigma < 0 ? none : sigma; // NaN stays NaN
-    if (variant.sigma_power == 1) sigma = square_root<Real>(sigma);
-    if (variant.sigma_power == 0) sigma = none + 1;
-    return 1 / (Real(variant.guard) + Real(variant.weight) * sigma); // eq. 8
-}
-
-// Fill scratch.weights with a block's exponents of eq. 8 to the base 2, relative to the largest of every pixel.
-template <int K, bool squared, typename Real>
-static void find_exponents(const Scratch<Real> &scratch, int64_t x, int64_t pitch, const Affinity &task)
-{
-    constexpr int lanes = LANES<Real>;
-    const int64_t channels = K ? K : task.channels, count = task.neighbours.count;
-    const Real factor = -M_LOG2E / channels;
-    for (int v = 0; v < BLOCK; v += lanes) {
-        Vector<Real> least = Vector<Real>{} + Real(INFINITY);
-        for (int64_t n = 0; n < count; n++) {
-            Vector<Real> sum = {};
-            for (int64_t k = 0; k < channels; k++) {
-                const int64_t pixel = k * pitch + x + v;
-                const Vector<Real> difference = load(scratch.rows[n] + pixel) - load(scratch.centre + pixel);
-                const Vector<Real> scaled = difference * load(scratch.scales[k] + v);
-                sum += squared ? scaled * scaled : scaled < 0 ? -scaled : scaled; // eq. 8
-            }
-            least = sum < least ? sum : least;
-            store(scratch.exponents[n] + v, sum);
-        }
-        for (int64_t n = 0; n < count; n++)
-            for (int i = 0; i < lanes; i++)
-                scratch.weights[n][v + i] = (scratch.exponents[n][v + i] - least[i]) * factor;
-    }
-}
-
-// Turn a block's exponents into weights.
-static void softmax(float (*weights)[BLOCK], const Affinity &task)
-{
-    for (int v = 0; v < BLOCK; v += LANES<float>) {
-        Vector<float> sum = {};
-        for (int64_t n = 0; n < task.neighbours.count; n++) {
-            const Vector<float> weight = power_of_2(load(weights[n] + v));
-            store(weights[n] + v, weight);
-            sum += weight;
-        }
-        const Vector<float> inverse = 1 / sum;
-        for (int64_t n = 0; n < task.neighbours.count; n++) {
-            store(weights[n] + v, load(weights[n] + v) * inverse + float(task.variant.position[n]));
-        }
-    }
-}
-
-// Fill scratch.weights of the block that starts at column x.
-template <typename Real>
-static void weigh(const Scratch<Real> &scratch, int64_t x, int64_t pitch, const Affinity &task)
-{
-    for (int64_t k = 0; k < task.channels; k++)
-        for (int v = 0; v < BLOCK; v += LANES<Real>)
-            store(scratch.scales[k] + v, find_scale(scratch, k * pitch + x + v, task));
-    const bool squared = task.variant.power == 2;
-    if (task.channels == 3) // known to the compiler, they stay in registers
-        (squared ? find_exponents<3, true, Real> : find_exponents<3, false, Real>)(scratch, x, pitch, task);
-    else
-        (squared ? find_exponents<0, true, Real> : find_exponents<0, false, Real>)(scratch, x, pitch, task);
-    softmax(scratch.weights, task);
-}
-
-template <typename Real> static Scratch<Real> take_scratch(Workspace &workspace, const Affinity &task)
-{
-    const int64_t count = task.neighbours.count;
-    Scratch<Real> scratch;
-    scratch.rows = workspace.take<const Real *>(count);
-    scratch.scales = workspace.take<Real[BLOCK]>(task.channels);
-    scratch.exponents = workspace.take<Real[BLOCK]>(count);
-    scratch.weights = workspace.take<float[BLOCK]>(count);
-    return scratch;
-}
-
-// How the workspace is divided: the images as tables, then every thread's scratch.
-template <typename Real> struct AffinityPlan {
-    Table table;
-    int64_t threads, shared_bytes, scratch_bytes;
-    Real *tables;
-
-    AffinityPlan(const Affinity &task, void *memory)
-    {
-        const int64_t reach = task.neighbours.reach, pixels = task.batch * task.height * task.width;
-        threads = limit_threads(task.threads, pixels * task.neighbours.count * task.channels, AFFINITY_GRAIN);
-        table = make_table<Real>(task.channels, task.height, task.width, reach, reach + BLOCK);
-        Workspace workspace = {(uintptr_t)memory};
-        tables = workspace.take<Real>(task.batch * task.height * task.channels * table.pitch);
-        shared_bytes = workspace.used;
-        take_scratch<Real>(workspace, task);
-        scratch_bytes = workspace.used - shared_bytes;
-    }
-    int64_t bytes() const { return shared_bytes + threads * scratch_bytes; }
-};
-
-template <typename Real>
-static void weigh_row(Scratch<Real> &scratch, const Affinity &task, const AffinityPlan<Real> &plan, int64_t image,
-                      int64_t y)
-{
-    const int64_t count = task.neighbours.count, width = task.width, pixels = std::min<int64_t>(width, BLOCK);
-    const Real *map = plan.tables + image * task.height * task.channels * plan.table.pitch;
-    find_rows(scratch.rows, map, plan.table, task.neighbours, y);
-    scratch.centre = plan.table.row(map, y);
-    float *out = task.out + (image * task.height + y) * count * width;
-    for (int64_t x = 0; x < width; x += BLOCK) {
-        // The last block overlaps the one before, unless it is the only one.
-        const int64_t start = std::max<int64_t>(0, std::min<int64_t>(x, width - BLOCK));
-        weigh(scratch, start, plan.table.pitch, task);
-        for (int64_t n = 0; n < count; n++) std::copy_n(scratch.weights[n], pixels, out + n * width + start);
-    }
-}
-
-template <typename Real> static void affinity(const Affinity &task, void *memory)
-{
-    const AffinityPlan<Real> plan(task, memory);
-    in_parallel(plan.threads, [&](int64_t thread, int64_t threads) {
-        Workspace own = {(uintptr_t)memory, plan.shared_bytes + thread * plan.scratch_bytes};
-        auto scratch = take_scratch<Real>(own, task);
-        const int64_t rows = task.batch * task.height;
-        const int64_t first = rows * thread / threads, last = rows * (thread + 1) / threads;
-        for (int64_t row = first; row < last; row++) {
-            auto image = (const Real *)task.image + row / task.height * task.strides[0];
-            read_row(plan.table.row(plan.tables, row), image, task.strides, row % task.height, plan.table, false);
-        }
-        wait_for_all(threads);
-        for (int64_t row = first; row < last; row++)
-            weigh_row(scratch, task, plan, row / task.height, row % task.height);
-    });
-}
 
 // ---- Propagation, eq. 7: m^t_i = sum over n of alpha_in m^(t-1)_n ----
 
@@ -422,18 +85,26 @@ template <typename Real> struct PropagationPlan {
     bool halves; // weights that are read as float16
     bool copied; // weights that cannot be read where they are
     Real *tables[2], *shifted;
+    int64_t *first_readers; // how many rows of readers the rows above a row have
 
     PropagationPlan(const Propagation &task, void *memory);
     int64_t bytes() const { return shared_bytes + threads * worker_bytes; }
 };
 
-// Return how many rows of readers the top row has: those with a neighbour in it or above it. No row has more.
-static int64_t most_readers(const Propagation &task)
+// Return the first and the last row whose neighbour n is in row y, or above the top or below the bottom row if y is that.
+static std::pair<int64_t, int64_t> readers_of(const Propagation &task, int64_t y, int64_t n)
+{
+    const int64_t bottom = task.height - 1, row = y - task.neighbours.dy[n];
+    return {y == 0 ? 0 : std::max<int64_t>(row, 0), y == bottom ? bottom : std::min(row, bottom)};
+}
+
+// Return how many rows of readers row y has. The top and the bottom row have the most.
+static int64_t count_readers(const Propagation &task, int64_t y)
 {
     int64_t count = 0;
     for (int64_t n = 0; n < task.neighbours.count; n++) {
-        const int64_t dy = task.neighbours.dy[n];
-        count += task.height == 1 || dy == 0 ? 1 : dy < 0 ? std::min(-dy, task.height - 1) + 1 : 0;
+        const auto [first, last] = readers_of(task, y, n);
+        count += std::max<int64_t>(last - first + 1, 0);
     }
     return count;
 }
@@ -523,7 +194,7 @@ static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
         Vector<Real> weight[vectors];
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) weight[v] = load<Real>(weights + v * lanes);
-        __builtin_prefetch(weights + next);
+        __builtin_prefetch(weights + next, 0, 2); // into the second-level cache: the first holds less than a row of weights
 #pragma GCC unroll 16
         for (int c = 0; c < channels; c++)
 #pragma GCC unroll 16
@@ -584,10 +255,11 @@ template <typename Real> struct Worker {
 
     Worker(const Propagation &task, const PropagationPlan<Real> &plan, Workspace &workspace) : task(task), plan(plan)
     {
+        const bool narrow = task.width < LANES<Real>;
         rows = workspace.take<const Real *>(plan.terms);
         weights = workspace.take<const void *>(plan.terms);
         columns = workspace.take<int64_t>(plan.terms);
-        copies = workspace.take<Real>(plan.copied ? plan.terms * plan.weights_pitch : 0);
+        copies = workspace.take<Real>(plan.copied || narrow ? plan.terms * plan.weights_pitch : 0);
     }
 
     // Where the weights of row y and neighbour n start.
@@ -600,12 +272,14 @@ template <typename Real> struct Worker {
     void propagate_row(Real *to, const Real *from, const Table &table, int64_t image, int64_t y) const
     {
         const int64_t count = task.neighbours.count, width = task.width;
+        const int64_t end = task.batch * task.height * count * width;
         find_rows(rows, from, table, task.neighbours, y);
         for (int64_t n = 0; n < count; n++) {
             const int64_t first = weights_of(image, y, n);
             weights[n] = (const Real *)task.weights + first;
             if (plan.halves) weights[n] = (const uint16_t *)task.weights + first;
-            if (plan.copied) {
+            // A register may be wider than the row, and than what is left of the weights.
+            if (plan.copied || first + LANES<Real> > end) {
                 read_weights(copies + n * plan.weights_pitch, task.weights, task.weights_type, first, width);
                 weights[n] = copies + n * plan.weights_pitch;
             }
@@ -618,16 +292,17 @@ template <typename Real> struct Worker {
     }
 
     // The transpose of eq. 7: a pixel sums the pixels that it is a neighbour of, its readers. Their weights are copied
-    // once, shifted to the column that they read, with zeros for the columns that they do not read.
+    // once, in the order in which the sums read them, shifted to the column that they read, with zeros for the columns
+    // that they do not read.
     void shift_weights(Real *shifted, int64_t image, int64_t y) const
     {
-        for (int64_t n = 0; n < task.neighbours.count; n++) {
-            Real *row = shifted + (y * task.neighbours.count + n) * plan.weights_pitch;
+        visit_readers(y, [&](int64_t index, int64_t p, int64_t n) {
+            Real *row = shifted + (plan.first_readers[y] + index) * plan.weights_pitch;
             Real *start = row + plan.sides + task.neighbours.dx[n];
             std::fill(row, start, Real(0));
-            read_weights(start, task.weights, task.weights_type, weights_of(image, y, n), task.width);
+            read_weights(start, task.weights, task.weights_type, weights_of(image, p, n), task.width);
             std::fill(start + task.width, row + plan.weights_pitch, Real(0));
-        }
+        });
     }
 
     // Columns beyond the image are summed like the others, and then added to the border that they replicate.
@@ -663,23 +338,27 @@ template <typename Real> struct Worker {
         }
     }
 
-    // List the readers of row y by their neighbour's column, leftmost first. Return how many rows of them there are.
+    // Call visit(index, p, n) for all readers of row y: neighbour n of the pixels of row p is in this row. Those with the
+    // leftmost neighbours come first. Return how many there are.
+    template <typename Visit> int64_t visit_readers(int64_t y, const Visit &visit) const
+    {
+        int64_t index = 0;
+        for (int64_t i = 0; i < task.neighbours.count; i++) {
+            const int64_t n = task.neighbours.by_dx[i];
+            const auto [first, last] = readers_of(task, y, n);
+            for (int64_t p = first; p <= last; p++) visit(index++, p, n);
+        }
+        return index;
+    }
+
+    // List the terms of row y of the transpose. Return how many there are.
     int64_t find_readers(const Real *from, const Real *shifted, const Table &table, int64_t y) const
     {
-        const int64_t bottom = task.height - 1;
-        int64_t count = 0;
-        for (int64_t i = 0; i < task.neighbours.count; i++) {
-            const int64_t n = task.neighbours.by_dx[i], dx = task.neighbours.dx[n], row = y - task.neighbours.dy[n];
-            // The top and the bottom row are also read in place of the rows beyond them.
-            const int64_t first = y == 0 ? 0 : std::max<int64_t>(row, 0);
-            const int64_t last = y == bottom ? bottom : std::min(row, bottom);
-            for (int64_t p = first; p <= last; p++, count++) {
-                rows[count] = table.row(from, p) - dx;
-                weights[count] = shifted + (p * task.neighbours.count + n) * plan.weights_pitch + plan.sides;
-                columns[count] = dx;
-            }
-        }
-        return count;
+        return visit_readers(y, [&](int64_t index, int64_t p, int64_t n) {
+            columns[index] = task.neighbours.dx[n];
+            rows[index] = table.row(from, p) - columns[index];
+            weights[index] = shifted + (plan.first_readers[y] + index) * plan.weights_pitch + plan.sides;
+        });
     }
 };
 
@@ -694,7 +373,7 @@ template <typename Real> PropagationPlan<Real>::PropagationPlan(const Propagatio
         if (chunks) most = std::max(most, divide_up(channels, chunks));
     }
     const int64_t reach = task.neighbours.reach, count = task.neighbours.count;
-    threads = limit_threads(task.threads, work, PROPAGATE_GRAIN);
+    threads = limit_threads(task.threads, work, GRAIN);
     sides = task.transposed ? round_up(reach, LANES<Real>) : 0;
     table = make_table<Real>(most, task.height, task.width, reach, std::max(reach, sides));
     table_size = most * task.height * table.pitch;
@@ -702,13 +381,14 @@ template <typename Real> PropagationPlan<Real>::PropagationPlan(const Propagatio
     shifted_size = task.transposed ? task.height * count * weights_pitch : 0;
     const bool narrow = task.width < LANES<Real>, single = sizeof(Real) == sizeof(float);
     halves = LOADS_HALVES && single && task.weights_type == FLOAT16 && !narrow && !task.transposed;
-    copied = !task.transposed && !halves && (task.weights_type != Types<Real>::type || narrow);
-    terms = task.transposed ? most_readers(task) : count;
+    copied = !task.transposed && !halves && task.weights_type != (single ? FLOAT32 : FLOAT64);
+    terms = task.transposed ? std::max(count_readers(task, 0), count_readers(task, task.height - 1)) : count;
     const int64_t fitting = SLOTS_BYTES / ((table_size + shifted_size) * sizeof(Real));
     slots = std::clamp<int64_t>(std::min(fitting, total), 1, std::min(MAX_SLOTS, threads));
     Workspace workspace = {(uintptr_t)memory};
     for (auto &table : tables) table = workspace.take<Real>(slots * table_size);
     shifted = workspace.take<Real>(slots * shifted_size);
+    first_readers = workspace.take<int64_t>(task.transposed ? task.height : 0);
     shared_bytes = workspace.used;
     Worker<Real>(task, *this, workspace);
     worker_bytes = workspace.used - shared_bytes;
@@ -779,6 +459,8 @@ static void propagate_share(const Propagation &task, const PropagationPlan<Real>
 template <typename Real> static void propagate(const Propagation &task, void *memory)
 {
     const PropagationPlan<Real> plan(task, memory);
+    for (int64_t y = 0, first = 0; task.transposed && y < task.height; first += count_readers(task, y++))
+        plan.first_readers[y] = first;
     in_parallel(plan.threads, [&](int64_t thread, int64_t threads) {
         Workspace own = {(uintptr_t)memory, plan.shared_bytes + thread * plan.worker_bytes};
         propagate_share(task, plan, Worker<Real>(task, plan, own), thread, threads);
@@ -786,13 +468,7 @@ template <typename Real> static void propagate(const Propagation &task, void *me
 }
 
 extern "C" {
-// The sizes of the structs, so that library.py can compare them with its own.
-extern const int64_t struct_sizes[] = {sizeof(Affinity), sizeof(Propagation)};
-
-int64_t affinity_float_workspace(const Affinity *task) { return AffinityPlan<float>(*task, nullptr).bytes(); }
-int64_t affinity_double_workspace(const Affinity *task) { return AffinityPlan<double>(*task, nullptr).bytes(); }
-void affinity_float(const Affinity *task, void *workspace) { affinity<float>(*task, workspace); }
-void affinity_double(const Affinity *task, void *workspace) { affinity<double>(*task, workspace); }
+extern const int64_t propagation_size = sizeof(Propagation); // so that library.py can compare it with its own
 
 int64_t propagate_float_workspace(const Propagation *task) { return PropagationPlan<float>(*task, nullptr).bytes(); }
 int64_t propagate_double_workspace(const Propagation *task) { return PropagationPlan<double>(*task, nullptr).bytes(); }
