@@ -179,12 +179,12 @@ def test_other_images_are_still_segmented(
     assert all(line.startswith("infer_voc.py: ") for line in lines)
 
 
-@pytest.mark.parametrize("method", ["par", "pamr"])
+@pytest.mark.parametrize("method", ["crf", "par", "pamr"])
 def test_masks_are_refined(method: Refinement, trained: Path, images: Path, tmp_path: Path) -> None:
-    """PAR is the default. The raw masks are written too, and the picture shows both."""
+    """The CRF is the default. The raw masks are written too, and the picture shows both."""
     output = tmp_path / "out"
     arguments = [str(trained), str(images), "--output", str(output), "--device", "cpu", "--overlays"]
-    assert main([*arguments, *(["--refine", method] if method != "par" else [])]) == 0
+    assert main([*arguments, *(["--refine", method] if method != "crf" else [])]) == 0
     names = ("a", "b", "c")
     expected = {f"{folder}/{name}.png" for folder in ("masks", method) for name in names}
     assert written(output) == expected | {f"overlays/{name}.jpg" for name in names}

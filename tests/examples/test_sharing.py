@@ -85,7 +85,7 @@ def test_two_processes_split_the_images(trained: Path, images: Path, tmp_path: P
         printed, _ = process.communicate()
     assert process.returncode == 1, printed
     assert printed.count("skipped") == 1
-    assert f"{NUM_IMAGES} of {NUM_IMAGES + 1} images have a mask in {tmp_path}/two/par; {NUM_IMAGES} new" in printed
+    assert f"{NUM_IMAGES} of {NUM_IMAGES + 1} images have a mask in {tmp_path}/two/crf; {NUM_IMAGES} new" in printed
     assert len(masks_of(tmp_path / "two")) == NUM_IMAGES
     for path in (tmp_path / "one").glob("*/*.png"):
         np.testing.assert_array_equal(read_mask(path), read_mask(tmp_path / "two" / path.relative_to(tmp_path / "one")))
@@ -174,7 +174,7 @@ def test_what_is_segmented_again(
     if change == "image":
         Image.new("RGB", (30, 20), (200, 10, 20)).save(images / "05.png")
     elif change == "output":
-        (output / "par/05.png").unlink()
+        (output / "crf/05.png").unlink()
     elif change == "damage":
         (output / "masks/05.png").write_text("half a m")
     capsys.readouterr()
@@ -184,4 +184,4 @@ def test_what_is_segmented_again(
     assert sum(after[name] != before[name] for name in before) == count
     if count == 1:
         assert read_mask(output / "masks/05.png").shape == Image.open(images / "05.png").size[::-1]
-        assert (output / "par/05.png").is_file()
+        assert (output / "crf/05.png").is_file()

@@ -24,17 +24,18 @@ from voc.checkpoints import load_trained, read_checkpoint
 from voc.dataset.images import read_image, read_mask, save_mask
 from voc.evaluation.tables import load_iou_csv
 from voc.inference.masks import multi_scale_masks
+from voc.train import objective
 from voc.train.batches import AugmentedDataset
 
 QUICK = shlex.split(
     "--preset toy --epochs 2 --classification-epochs 1 --crop-size 65 --classification-crop-size 65 --channels 8 "
-    "--batch-size 4 --scales 1 --workers 0 --device cpu"
+    "--batch-size 4 --scales 1 --refine none --workers 0 --device cpu"
 )
 
 
 def test_the_whole_job(toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "run"
-    assert main([*QUICK, "--data", str(toy_root), "--output", str(output)]) == 0
+    assert main([*QUICK, "--refine", "crf", "--data", str(toy_root), "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "12 training images, 4 test images, 5 classes" in printed
     table = (output / "iou.md").read_text()
@@ -72,7 +73,7 @@ def test_crops_of_every_epoch(toy_root: Path, tmp_path: Path, monkeypatch: pytes
 
     train_step = train_voc.train_step
     monkeypatch.setattr(train_voc, "train_step", recorded_step)
-    options = ["--no-baseline", "--refine", "none", "--classification-crop-size", "49"]
+    options = ["--no-baseline", "--classification-crop-size", "49"]
     assert main([*QUICK, "--data", str(toy_root), "--output", str(tmp_path), *options]) == 0
     assert sides == [[49, 49]] * 3 + [[65, 65]] * 3
     assert list(load_iou_csv(tmp_path / "iou.csv")[1]) == ["ours"]
@@ -434,7 +435,7 @@ def test_a_loss_that_is_not_finite(
     def not_a_number(class_scores: torch.Tensor, _labels: torch.Tensor) -> torch.Tensor:
         return class_scores.sum() * torch.nan
 
-    monkeypatch.setattr(train_voc, "classification_loss", not_a_number)
+    monkeypatch.setattr(objective, "classification_loss", not_a_number)
     assert main([*QUICK, "--data", str(toy_root), "--output", str(tmp_path), "--no-baseline"]) == 1
     assert "the loss is nan in epoch 1, step 1" in capsys.readouterr().err
     saved = json.loads((tmp_path / "not_finite_0.json").read_text())

@@ -1,6 +1,6 @@
 // Gaussian filters over position and colour on a permutohedral lattice, on a CPU, and the mean field of a dense CRF.
 // Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice", Eurographics 2010.
-// library.py compiles it together with kernels.cpp; lattice.py calls it.
+// library.py compiles it together with the other sources; lattice.py calls it.
 //
 // A pixel lies in a simplex of D + 1 corners. Filtering adds its values to the corners (splat), blurs the lattice along
 // its D + 1 axes, and reads the corners again (slice), with the same barycentric weights.
