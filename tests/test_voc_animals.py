@@ -303,7 +303,7 @@ def test_an_interrupted_training_goes_on(finished: Path, tmp_path: Path, monkeyp
         ([], "VOC_ROOT is missing: give the root of the data set first, or --smoke"),
         (["{missing}"], "data folder not found: {missing}"),
         (["--smoke", "--checkpoint", "best"], "--checkpoint best chooses an epoch on validation images"),
-        ([*QUICK, "--output", "{finished}", "--lr", "0.5"], "has --lr 0.001, not 0.5: give another --output"),
+        ([*QUICK, "--output", "{finished}", "--lr", "0.5"], "has --lr 0.008, not 0.5: give another --output"),
         (["--smoke", "--output", "{new}", "--seeds"], "--seeds needs at least one seed"),
     ],
 )
