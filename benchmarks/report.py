@@ -101,8 +101,8 @@ def readme_text(rows: Sequence[Row]) -> str:
     if columns.has_kept:
         sentences.append(
             '"Memory kept" is a process that keeps the memory that is freed. "Default" is the allocator of the C'
-            "\nlibrary as it is: the published form then spends most of its time on memory that is returned to the"
-            "\nsystem and requested again."
+            "\nlibrary as it is: with 21 classes, PAMR and PAR as published then spend most of their time on memory"
+            "\nthat is returned to the system and requested again."
         )
     else:
         sentences.append(

@@ -20,7 +20,7 @@ PHOTOGRAPHS = replace(
     output=Path("runs/photographs"),
 )
 
-# Chosen on another drawing of the data (--seed 1). With few steps, a high learning rate that decays gives better masks.
+# Chosen on another drawing of the data (--seed 1): with so few steps, a high learning rate that decays is best.
 TOY = replace(
     PHOTOGRAPHS,
     channels=64,
