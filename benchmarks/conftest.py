@@ -26,6 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     full, quick = config.getoption("--benchmark", False), config.getoption("--benchmark-quick", False)
+    if (full or quick) and config.getoption("numprocesses", None):
+        raise pytest.UsageError("benchmarks run alone, one after the other: leave out -n")
     mode: Mode = "full" if full else "quick" if quick else "smoke"
     config.stash[BENCH] = Bench(mode, keeps_memory=bool(config.getoption("--benchmark-kept", None)))
 

@@ -107,6 +107,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_commands(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     for command in commands():
@@ -146,6 +147,8 @@ def test_other_commands(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> Non
                 assert parse_arguments(arguments).preset == "paper"
             case ["torchrun", "--nproc-per-node", "2", "examples/infer_voc.py", *arguments]:
                 assert importlib.import_module("infer_voc").main([*arguments, "--device", "cpu"]) == 0
+            case ["pytest", "-n", "auto", "--dist", "worksteal"] | ["pytest", "-m", "slow"]:
+                pass
             case ["pytest", *arguments]:
                 known = ("--benchmark", "--benchmark-quick")
                 assert all((ROOT / a).exists() or a in known for a in arguments), command

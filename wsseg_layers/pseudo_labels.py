@@ -632,7 +632,7 @@ def _background_map(score: Score, classes: Tensor, valid: Tensor, align_corners:
 
 def _resize(maps: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
     """Resize maps [..., h, w] bilinearly, unless they have the size already."""
-    if maps.shape[-2:] == torch.Size(size):
+    if list(maps.shape[-2:]) == list(size):
         return maps
     resized = F.interpolate(maps.flatten(1, -3), size=tuple(size), mode="bilinear", align_corners=align_corners)
     return resized.unflatten(1, maps.shape[1:-2])

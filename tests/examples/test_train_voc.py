@@ -37,7 +37,7 @@ def test_the_whole_job(toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFix
     output = tmp_path / "run"
     assert main([*QUICK, "--refine", "crf", "--data", str(toy_root), "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert "12 training images, 4 test images, 5 classes" in printed
+    assert "12 training images, 2 test images, 5 classes" in printed
     table = (output / "iou.md").read_text()
     assert table.strip() in printed
     classes, columns = load_iou_csv(output / "iou.csv")
@@ -139,6 +139,7 @@ def test_going_on_from_any_epoch(finished: Path, tmp_path: Path) -> None:
     assert len(read_checkpoint(tmp_path / "single_stage.pt")["progress"]["history"]) == 3
 
 
+@pytest.mark.slow
 def test_decay_and_average_go_on_too(
     finished: Path, toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +179,7 @@ def test_decay_and_average_go_on_too(
             assert ((checkpoint["model"][key].double() - mean).abs() < limit).all()
 
 
+@pytest.mark.slow
 def test_energy_loss_crf_pseudo_labels_and_a_column_of_the_crf(
     finished: Path, toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +285,7 @@ def started(arguments: list[str], launcher: tuple[str, ...] = ()) -> Iterator["s
             process.communicate()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(finished: Path, toy_root: Path, tmp_path: Path) -> None:
     with started([*QUICK, "--data", str(toy_root), "--output", str(tmp_path), "--no-baseline"]) as process:
         while not (tmp_path / "single_stage.pt").exists() and process.poll() is None:
@@ -402,6 +405,7 @@ def test_a_worker_that_dies_is_said_in_one_line(
     assert "train_voc.py: error: a process that reads images died" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_half_precision(finished: Path, toy_root: Path, tmp_path: Path) -> None:
     # In a process of its own: accelerate keeps one precision for the life of a process.
     # One epoch, because bfloat16 is slow on processors without instructions for it.

@@ -249,6 +249,7 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
         library._check_structs(loaded)
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("sanitizer", "flags"),

@@ -362,6 +362,7 @@ for channels in (1, 3, 21):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=root)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_is_clean_under_sanitizers(tmp_path: Path) -> None:
     sanitizers = [
