@@ -111,6 +111,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_commands(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     for command in commands():
+        command = command.replace("torchrun --nproc-per-node 2 examples/infer", "python examples/infer")
         if not command.startswith("python examples/"):
             continue
         _, script, *arguments = shlex.split(command)
@@ -122,8 +123,7 @@ def test_commands(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert importlib.import_module(Path(script).stem).main(arguments) == 0, command
 
 
-def test_other_commands(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> None:
-    monkeypatch.chdir(workplace)
+def test_other_commands() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for command in commands():
         words = shlex.split(command)
@@ -145,8 +145,8 @@ def test_other_commands(monkeypatch: pytest.MonkeyPatch, workplace: Path) -> Non
                 assert package == "torch==2.13.0"
             case ["torchrun", "--nproc-per-node", "4", "examples/train_voc.py", *arguments]:
                 assert parse_arguments(arguments).preset == "paper"
-            case ["torchrun", "--nproc-per-node", "2", "examples/infer_voc.py", *arguments]:
-                assert importlib.import_module("infer_voc").main([*arguments, "--device", "cpu"]) == 0
+            case ["torchrun", "--nproc-per-node", "2", "examples/infer_voc.py", *_]:
+                pass  # above, with one process
             case ["pytest", "-n", "auto", "--dist", "worksteal"] | ["pytest", "-m", "slow"]:
                 pass
             case ["pytest", *arguments]:

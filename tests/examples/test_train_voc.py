@@ -37,7 +37,7 @@ def test_the_whole_job(toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFix
     output = tmp_path / "run"
     assert main([*QUICK, "--refine", "crf", "--data", str(toy_root), "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert "12 training images, 2 test images, 5 classes" in printed
+    assert "12 training images, 4 test images, 5 classes" in printed
     table = (output / "iou.md").read_text()
     assert table.strip() in printed
     classes, columns = load_iou_csv(output / "iou.csv")
