@@ -81,10 +81,10 @@ struct Units {
 // weights; then every thread's pointers and copies of weights.
 template <typename Real> struct PropagationPlan {
     Table table; // of as many channels as a unit has at most
-    int64_t threads, slots, table_size, sides, weights_pitch, shifted_size, terms, shared_bytes, worker_bytes;
+    int64_t threads, slots, table_size, sides, weights_pitch, shifted_size, last_row_size, terms, shared_bytes, worker_bytes;
     bool halves; // weights that are read as float16
     bool copied; // weights that cannot be read where they are
-    Real *tables[2], *shifted;
+    Real *tables[2], *shifted, *last_row;
     int64_t *first_readers; // how many rows of readers the rows above a row have
 
     PropagationPlan(const Propagation &task, void *memory);
@@ -163,11 +163,11 @@ constexpr bool LOADS_HALVES = false;
 template <typename Real> static Vector<Real> load(const uint16_t *) { return Vector<Real>{}; }
 #endif
 
-// What pixels are summed from: weights[n][x] * rows[n][x] for all n < count, in every channel.
+// What pixels are summed from: weights[n * stride + x] * rows[n][x] for all n < count, in every channel.
 template <typename Real> struct Terms {
     const Real *const *rows;
-    const void *const *weights;
-    int64_t count, pitch;
+    const void *weights;
+    int64_t stride, count, pitch;
     // What the next row of pixels needs is fetched meanwhile: its weights, `next` elements on, and the one row of masks
     // that was not read before.
     int64_t next;
@@ -179,18 +179,18 @@ template <int channels, int vectors, typename Real, typename Weight>
 static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
 {
     constexpr int lanes = LANES<Real>;
-    const int64_t pitch = terms.pitch, count = terms.count, next = terms.next, first = channel * pitch + x;
+    const int64_t pitch = terms.pitch, stride = terms.stride, count = terms.count, next = terms.next;
+    const int64_t first = channel * pitch + x;
     const Real *const *rows = terms.rows;
-    const void *const *all_weights = terms.weights;
+    const Weight *weights = (const Weight *)terms.weights + x;
     Vector<Real> sums[channels][vectors];
     // Without the pragmas, GCC keeps the sums in memory before and after the loop.
 #pragma GCC unroll 16
     for (int c = 0; c < channels; c++)
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) sums[c][v] = Vector<Real>{};
-    for (int64_t n = 0; n < count; n++) {
+    for (int64_t n = 0; n < count; n++, weights += stride) {
         const Real *row = rows[n] + first;
-        const Weight *weights = (const Weight *)all_weights[n] + x;
         Vector<Real> weight[vectors];
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) weight[v] = load<Real>(weights + v * lanes);
@@ -249,17 +249,14 @@ template <typename Real> struct Worker {
     const Propagation &task;
     const PropagationPlan<Real> &plan;
     const Real **rows; // of the terms of a sum, as all that follows
-    const void **weights;
     int64_t *columns; // by how much the transpose shifts them
     Real *copies;     // of weights
 
     Worker(const Propagation &task, const PropagationPlan<Real> &plan, Workspace &workspace) : task(task), plan(plan)
     {
-        const bool narrow = task.width < LANES<Real>;
         rows = workspace.take<const Real *>(plan.terms);
-        weights = workspace.take<const void *>(plan.terms);
         columns = workspace.take<int64_t>(plan.terms);
-        copies = workspace.take<Real>(plan.copied || narrow ? plan.terms * plan.weights_pitch : 0);
+        copies = workspace.take<Real>(plan.copied ? plan.terms * plan.weights_pitch : 0);
     }
 
     // Where the weights of row y and neighbour n start.
@@ -268,25 +265,33 @@ template <typename Real> struct Worker {
         return ((image * task.height + y) * task.neighbours.count + n) * task.width;
     }
 
+    void copy_weights(Real *to, int64_t image, int64_t y) const
+    {
+        for (int64_t n = 0; n < task.neighbours.count; n++, to += plan.weights_pitch)
+            read_weights(to, task.weights, task.weights_type, weights_of(image, y, n), task.width);
+    }
+
+    // The last row of all: a register that is wider than it reads beyond the weights.
+    bool is_copied_once(int64_t image, int64_t y) const
+    {
+        return plan.last_row_size && image == task.batch - 1 && y == task.height - 1;
+    }
+
     // Eq. 7 for a row of pixels.
     void propagate_row(Real *to, const Real *from, const Table &table, int64_t image, int64_t y) const
     {
-        const int64_t count = task.neighbours.count, width = task.width;
-        const int64_t end = task.batch * task.height * count * width;
+        const int64_t count = task.neighbours.count, width = task.width, first = weights_of(image, y, 0);
         find_rows(rows, from, table, task.neighbours, y);
-        for (int64_t n = 0; n < count; n++) {
-            const int64_t first = weights_of(image, y, n);
-            weights[n] = (const Real *)task.weights + first;
-            if (plan.halves) weights[n] = (const uint16_t *)task.weights + first;
-            // A register may be wider than the row, and than what is left of the weights.
-            if (plan.copied || first + LANES<Real> > end) {
-                read_weights(copies + n * plan.weights_pitch, task.weights, task.weights_type, first, width);
-                weights[n] = copies + n * plan.weights_pitch;
-            }
-        }
         const Real *ahead = table.row(from, std::min(y + 1 + task.neighbours.reach, task.height - 1));
         Real *out = table.row(to, y);
-        const Terms<Real> terms = {rows, weights, count, table.pitch, plan.copied ? 0 : count * width, ahead};
+        Terms<Real> terms = {rows, (const Real *)task.weights + first, width, count, table.pitch, count * width, ahead};
+        if (plan.halves) terms.weights = (const uint16_t *)task.weights + first;
+        if (plan.copied) copy_weights(copies, image, y);
+        if (plan.copied || is_copied_once(image, y)) {
+            terms.weights = plan.copied ? copies : plan.last_row;
+            terms.stride = plan.weights_pitch;
+            terms.next = 0;
+        }
         (plan.halves ? sum_row<Real, uint16_t> : sum_row<Real, Real>)(out, terms, table.channels, task.group, 0, width);
         for (int64_t c = 0; c < table.channels; c++) pad_sides(out + c * table.pitch, table, false);
     }
@@ -310,12 +315,13 @@ template <typename Real> struct Worker {
     {
         constexpr int lanes = LANES<Real>;
         const int64_t width = task.width, reach = task.neighbours.reach;
-        const int64_t count = find_readers(from, shifted, table, y);
+        const int64_t count = find_readers(from, table, y), pitch = plan.weights_pitch;
+        const Real *weights = shifted + plan.first_readers[y] * pitch + plan.sides;
         const Real *ahead = table.row(from, std::min(y + 1 + reach, task.height - 1));
         Real *out = table.row(to, y);
         auto sum_columns = [&](int64_t first, int64_t last, int64_t start, int64_t end) {
-            const int64_t next = task.neighbours.count * plan.weights_pitch;
-            const Terms<Real> terms = {rows + first, weights + first, last - first, table.pitch, next, ahead};
+            const int64_t next = task.neighbours.count * pitch;
+            const Terms<Real> terms = {rows + first, weights + first * pitch, pitch, last - first, table.pitch, next, ahead};
             sum_row<Real, Real>(out, terms, table.channels, task.group, start, end);
         };
         sum_columns(0, count, 0, width);
@@ -352,12 +358,11 @@ template <typename Real> struct Worker {
     }
 
     // List the terms of row y of the transpose. Return how many there are.
-    int64_t find_readers(const Real *from, const Real *shifted, const Table &table, int64_t y) const
+    int64_t find_readers(const Real *from, const Table &table, int64_t y) const
     {
         return visit_readers(y, [&](int64_t index, int64_t p, int64_t n) {
             columns[index] = task.neighbours.dx[n];
             rows[index] = table.row(from, p) - columns[index];
-            weights[index] = shifted + (plan.first_readers[y] + index) * plan.weights_pitch + plan.sides;
         });
     }
 };
@@ -388,6 +393,8 @@ template <typename Real> PropagationPlan<Real>::PropagationPlan(const Propagatio
     Workspace workspace = {(uintptr_t)memory};
     for (auto &table : tables) table = workspace.take<Real>(slots * table_size);
     shifted = workspace.take<Real>(slots * shifted_size);
+    last_row_size = narrow && !copied && !task.transposed ? count * weights_pitch : 0;
+    last_row = workspace.take<Real>(last_row_size);
     first_readers = workspace.take<int64_t>(task.transposed ? task.height : 0);
     shared_bytes = workspace.used;
     Worker<Real>(task, *this, workspace);
@@ -442,6 +449,7 @@ static void propagate_share(const Propagation &task, const PropagationPlan<Real>
             Real *map = plan.tables[0] + slot * plan.table_size;
             read_row(table.row(map, y), masks, task.strides, y, table, task.transposed);
             if (task.transposed) worker.shift_weights(plan.shifted + slot * plan.shifted_size, unit.image, y);
+            if (unit.channel == 0 && worker.is_copied_once(unit.image, y)) worker.copy_weights(plan.last_row, unit.image, y);
         });
         for (int64_t t = 0; t < task.iterations; t++)
             each_row([&](const Unit &unit, const Table &table, int64_t slot, int64_t y) {
