@@ -26,6 +26,7 @@ from wsseg_layers.functional import (
     threshold_pseudo_labels,
 )
 from wsseg_layers.kernels import BackendName
+from wsseg_layers.pseudo_labels import DISCARDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -361,6 +362,33 @@ def test_one_class_and_an_empty_batch() -> None:
     assert cropped.shape == (0, 8, 8)
     assert threshold_pseudo_labels(torch.rand(0, 2, 8, 8), labels[:0]).shape == (0, 8, 8)
     assert cam_to_label(cams[:0], labels[:0]).shape == (0, 8, 8)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("num_iter", [0, 1, 10, 50])
+@pytest.mark.parametrize("layer", ["PAR", "PAMR"])
+def test_where_all_are_equal_the_background_wins(layer: str, num_iter: int, backend: BackendName) -> None:
+    images, cams = torch.rand(1, 3, 33, 33), torch.full((1, 3, 33, 33), 0.5)
+    refine = PAR(num_iter=num_iter, backend=backend) if layer == "PAR" else PAMR(num_iter, backend=backend)
+    for softmax in (False, True):
+        assert not refine_pseudo_labels(images, cams, torch.ones(1, 3), refine, 0.5, softmax, down_scale=1).any()
+
+
+def test_power_of_cams_that_resizing_takes_beyond_1() -> None:
+    module = PseudoLabels(None, PowerBackground(1.5), softmax=False, down_scale=1)
+    for size in ((37, 50), (33, 29)):  # some of the resized values are 1 + 2^-23
+        _, maps = module.labels_and_maps(torch.rand(1, 3, *size), torch.ones(1, 1, 7, 5), torch.ones(1, 1))
+        assert not maps.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_functions_compute_in_float32(dtype: torch.dtype) -> None:
+    masks, labels = torch.rand(4, 5, 20, 20).softmax(dim=1).to(dtype), torch.ones(4, 4)
+    for discard in DISCARDS:
+        expected = threshold_pseudo_labels(masks.float(), labels, discard=discard)
+        assert torch.equal(threshold_pseudo_labels(masks, labels, discard=discard), expected)
+    assert torch.equal(normalise_cam(masks), normalise_cam(masks.float()).to(dtype))
+    assert not normalise_cam(torch.ones(1, 1, 2, 2, dtype=dtype), eps=1e-8).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_flag, check_maps, check_pixels, check_positive
+from ._dtypes import cast, working_dtype
 
 
 def normalise_cam(cams: Tensor, eps: float = 1e-5) -> Tensor:
@@ -20,7 +21,7 @@ def normalise_cam(cams: Tensor, eps: float = 1e-5) -> Tensor:
         eps: added to the maximum, positive.
 
     Returns:
-        CAMs, [B, C, h, w]. A constant CAM becomes 0.
+        CAMs, [B, C, h, w], in the dtype of `cams`, computed in at least float32. A constant CAM becomes 0.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -37,8 +38,9 @@ def normalise_cam(cams: Tensor, eps: float = 1e-5) -> Tensor:
     check_maps("cams", cams)
     check_pixels("cams", cams)
     check_positive("eps", eps)
-    shifted = cams - cams.amin(dim=(2, 3), keepdim=True)
-    return shifted / (shifted.amax(dim=(2, 3), keepdim=True) + eps)
+    values = cast(cams, working_dtype(cams))
+    shifted = values - values.amin(dim=(2, 3), keepdim=True)
+    return cast(shifted / (shifted.amax(dim=(2, 3), keepdim=True) + eps), cams.dtype)
 
 
 @torch.no_grad()

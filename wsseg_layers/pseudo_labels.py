@@ -34,7 +34,7 @@ from .pamr import PAMR
 from .par import PAR
 
 IGNORE_INDEX = 255
-ROUNDING = 1e-6  # of float32, over the iterations of a refinement
+ROUNDING = 1e-6  # of the sum of float32 maps, per iteration of a refinement
 
 
 @dataclass(frozen=True)
@@ -408,8 +408,8 @@ def threshold_pseudo_labels(
     index, counts = _present(labels, max_classes)
     channels = F.pad(index + 1, (1, 0))  # [B, 1 + M], background first
     valid = F.pad(_valid(index, counts), (1, 0), value=True)
-    packed = take_channels(masks.detach(), channels)
-    fractions = torch.cat([masks.new_full((1,), background), masks.new_full(index.shape[1:], foreground)])
+    packed = cast(take_channels(masks.detach(), channels), working_dtype(masks))
+    fractions = torch.cat([packed.new_full((1,), background), packed.new_full(index.shape[1:], foreground)])
     threshold = (packed.amax(dim=(2, 3)) * fractions).clamp(min=floor)
     claimed = (packed > threshold[:, :, None, None]) & valid[:, :, None, None]
     single = claimed.sum(dim=1) == 1
@@ -520,7 +520,7 @@ def _refine(
 ) -> Tensor:
     """Return refined maps [B, 1 + M, V * S, h, w] of present classes [B, M, V, ., .] with S background scores.
 
-    Without `exact`, the background may differ by 1e-6 from what refining it would give.
+    Without `exact`, the background may differ by 1e-6 per iteration from what refining it would give.
     """
     height, width = images.shape[2:]
     if min(height, width) < down_scale:
@@ -549,7 +549,7 @@ def _refine(
     # The channels of a pixel sum to 1, and every iteration multiplies their sum by that of the weights: the background
     # is what the classes leave. It is raised by more than what rounding may take, so that it still wins where all are
     # equal.
-    total = (1 + ROUNDING) * refine.sum_of_weights() ** refine.num_iter
+    total = (1 + ROUNDING * (1 + refine.num_iter)) * refine.sum_of_weights() ** refine.num_iter
     refined = refine.propagate(maps[:, 1:].flatten(1, 2), affinity, counts * maps.shape[2]).view(maps[:, 1:].shape)
     return torch.cat([total - refined.sum(dim=1, keepdim=True), refined], dim=1)
 
@@ -623,7 +623,8 @@ def _background_map(score: Score, classes: Tensor, valid: Tensor, align_corners:
     if isinstance(score, PowerBackground):
         highest = classes.masked_fill(~valid, -torch.inf).amax(dim=1, keepdim=True)
         highest = torch.where(valid.any(dim=1, keepdim=True), highest, 0)  # an image without classes
-        return (1 - highest) ** score.power
+        # Resizing may take a CAM of 1 beyond it, and a negative number has no power 1.5.
+        return (1 - highest).clamp(min=0) ** score.power
     if isinstance(score, Tensor):
         score = cast(score, classes.dtype)
         return score if score.shape[-2:] == (1, 1) else _resize(score, classes.shape[-2:], align_corners)
@@ -686,7 +687,7 @@ def _check_cams(cams: Tensor, labels: Tensor, background_first: bool) -> Tensor:
     if cams.ndim not in (4, 5):
         raise ValueError(f"cams must have 4 dimensions [B, C, h, w] or 5 [B, V, C, h, w], got shape {list(cams.shape)}")
     check_pixels("cams", cams)
-    _check_labels(labels, ("cams", cams), cams.shape[-3] - background_first)
+    _check_labels(labels, ("cams", cams), cams.shape[-3] - int(background_first))
     return cams if cams.ndim == 5 else cams[:, None]
 
 
