@@ -7,6 +7,7 @@ Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020. https:/
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -34,6 +35,7 @@ from .pamr import PAMR
 from .par import PAR
 
 IGNORE_INDEX = 255
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 ROUNDING = 1e-6  # of the sum of float32 maps, per iteration of a refinement
 
 
@@ -439,7 +441,7 @@ def merge_labels(high: Tensor, low: Tensor, ignore_index: int = IGNORE_INDEX) ->
 
     Raises:
         TypeError: an argument is no integer tensor.
-        ValueError: shapes or devices differ.
+        ValueError: shapes or devices differ, or `ignore_index` is 0 or no value of the dtype of `high`.
 
     Source:
         `refine_cams_with_bkg_v2` of Ru et al., CVPR 2022.
@@ -454,7 +456,9 @@ def merge_labels(high: Tensor, low: Tensor, ignore_index: int = IGNORE_INDEX) ->
     check_same_device(("high", high), ("low", low))
     if high.shape != low.shape:
         raise ValueError(f"high and low must have the same shape, got high {list(high.shape)}, low {list(low.shape)}")
-    check_integer("ignore_index", ignore_index)
+    _check_range(ignore_index, high.dtype)
+    if ignore_index == 0:
+        raise ValueError("ignore_index must not be 0, the label of the background, got 0")
     return high.masked_fill((high == 0) & (low != 0), ignore_index)
 
 
@@ -674,7 +678,7 @@ def _check_settings(
     for name, flag in (("softmax", softmax), ("crop", crop), ("align_corners", align_corners)):
         check_flag(name, flag)
     check_count("down_scale", down_scale, minimum=1)
-    check_integer("ignore_index", ignore_index)
+    _check_range(ignore_index, torch.int64)
     if max_classes is not None:
         check_count("max_classes", max_classes, minimum=1)
     if background is not None:
@@ -697,6 +701,8 @@ def _check_labels(labels: Tensor, named_maps: tuple[str, Tensor], num_classes: i
     if not isinstance(labels, Tensor) or labels.is_complex():
         given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be a tensor of numbers or torch.bool, got {given}")
+    if labels.layout is not torch.strided:
+        raise TypeError(f"labels must be a dense tensor, got layout {labels.layout}")
     if num_classes < 1:
         raise ValueError(
             f"{name} must have a channel for the background and at least one class, got {list(maps.shape)}"
@@ -721,6 +727,11 @@ def _split_background(background: Background) -> tuple[Score, ...]:
         raise ValueError(f"background must be a score or a pair (high, low), got {len(scores)} scores")
     numbers = [score for score in scores if not isinstance(score, (Tensor, PowerBackground))]
     for number in numbers:
+        if not isinstance(number, Real):
+            raise TypeError(
+                "background must be a number, a tensor, a PowerBackground or a tuple (high, low) of two of them, got"
+                f" {type(number).__name__}"
+            )
         check_real("background", number)
     if len(numbers) == 2 and numbers[0] < numbers[1]:
         raise ValueError(f"background must be a pair (high, low), got {numbers}")
@@ -772,18 +783,23 @@ def _check_boxes(boxes: Tensor | None, named_maps: tuple[str, Tensor], crop: boo
 
 
 def _check_integers(name: str, tensor: Tensor) -> None:
-    if (
-        not isinstance(tensor, Tensor)
-        or tensor.dtype.is_floating_point
-        or tensor.dtype in (torch.bool, torch.complex64)
-    ):
+    if not isinstance(tensor, Tensor) or tensor.dtype not in INTEGERS:
         given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be an integer tensor, got {given}")
+        raise TypeError(f"{name} must be an integer tensor ({', '.join(map(str, INTEGERS))}), got {given}")
+
+
+def _check_range(ignore_index: int, dtype: torch.dtype) -> None:
+    """Refuse anything but an integer that a dtype holds."""
+    check_integer("ignore_index", ignore_index)
+    bits = 8 * dtype.itemsize
+    lowest, highest = (0, 2**bits - 1) if dtype == torch.uint8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    if not lowest <= ignore_index <= highest:
+        raise ValueError(f"ignore_index must be in {lowest} to {highest}, the range of {dtype}, got {ignore_index}")
 
 
 def _check_ignore_index(ignore_index: int, labels: Tensor) -> None:
-    """Refuse anything but an integer that is no label of a class or of the background."""
-    check_integer("ignore_index", ignore_index)
+    """Refuse anything but an integer of 64 bits that is no label of a class or of the background."""
+    _check_range(ignore_index, torch.int64)
     if 0 <= ignore_index <= labels.shape[1]:
         raise ValueError(
             f"ignore_index must be no label, of which there are 0 to {labels.shape[1]}, got {ignore_index}"
