@@ -163,7 +163,8 @@ def refine_pseudo_labels(
             ignored.
         crop: crop images and CAMs to `boxes` before they are refined, so that nothing outside plays a part. Images are
             refined one by one then, `boxes` must be on the CPU, and the call does not compile with `fullgraph=True`.
-        align_corners: `align_corners` of the resizing in step 1 of the CAMs. It is False in all other resizing.
+        align_corners: `align_corners` of the resizing in step 1 of the CAMs and of a background score per pixel. It is
+            False in all other resizing.
         ignore_index: label of ignored pixels.
         max_classes: upper bound on the classes of an image. On a GPU and under `torch.compile`, time and memory grow
             with it; by default it is C there. A CPU in eager mode needs none. An image with more classes is an error.
@@ -280,7 +281,7 @@ class PseudoLabels(nn.Module):
         softmax: take the softmax over background and present classes before the refinement.
         down_scale: divisor of the height and width in which maps are refined.
         crop: crop images and CAMs to the boxes before they are refined.
-        align_corners: `align_corners` of the resizing of the CAMs to the size in which they are refined.
+        align_corners: `align_corners` of the resizing of CAMs and background scores to the size that is refined.
         ignore_index: label of ignored pixels.
         max_classes: upper bound on the classes of an image.
 
