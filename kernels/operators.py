@@ -181,13 +181,22 @@ def _check_counts(counts: Tensor, mask: Tensor, affinity: Tensor) -> None:
             f" got shape {list(counts.shape)}"
         )
     check_same_device(("mask", mask), ("counts", counts))
-    if counts.device.type == "cpu" and not is_traced() and not ((counts >= 0) & (counts <= mask.shape[1])).all():
+    if (
+        counts.device.type == "cpu"
+        and not hides_values(counts)
+        and not ((counts >= 0) & (counts <= mask.shape[1])).all()
+    ):
         raise ValueError(f"counts must be in 0 to {mask.shape[1]}, the channels of mask, got {counts.tolist()}")
 
 
 def is_traced() -> bool:
     """Return whether torch.compile, torch.export or torch.jit.trace records the call: they take operators as such."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def hides_values(tensor: Tensor) -> bool:
+    """Return whether a tensor stands for values that Python cannot read: it is traced, or mapped by torch.vmap."""
+    return is_traced() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:

@@ -139,6 +139,19 @@ def test_wrong_settings(arguments: dict[str, Any], error: type[Exception], messa
         ({"ROIs": torch.rand(1, 4, 5)}, ValueError, r"ROIs must be \[B, H, W\] for segmentations \[1, 2, 4, 6\]"),
         ({"ROIs": None}, TypeError, "ROIs must be a torch.Tensor, got NoneType"),
         ({"seg_label": torch.zeros(1, 4, 6)}, ValueError, r"seg_label must be \[B, 1, H, W\]"),
+        ({"seg_label": None}, TypeError, "seg_label must be a torch.Tensor, got NoneType"),
+        ({"seg_label": torch.zeros(1, 1, 4, 6, device="meta")}, ValueError, "images and seg_label must be on one devi"),
+        ({"segmentations": torch.rand(1, 0, 4, 6)}, ValueError, "segmentations must have at least one channel"),
+        (
+            {
+                "images": torch.rand(1, 3, 1, 6),
+                "segmentations": torch.rand(1, 2, 1, 6),
+                "ROIs": torch.ones(1, 1, 6),
+                "seg_label": torch.zeros(1, 1, 1, 6),
+            },
+            ValueError,
+            "scale_factor must leave at least one pixel of images 1 x 6, got 0.5",
+        ),
     ],
 )
 def test_wrong_tensors(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -14,7 +14,7 @@ from voc.backbones.base import normalise
 from voc.model import SingleStageNet
 
 from tests.test_calls import LAYERS, each_layer
-from wsseg_layers import PAMR, PAR
+from wsseg_layers import PAMR, PAR, PseudoLabels
 
 DYNAMIC = getattr(torch.export.Dim, "DYNAMIC", None)
 needs_dynamic_sizes = pytest.mark.skipif(DYNAMIC is None, reason="this PyTorch has no Dim.DYNAMIC")
@@ -42,6 +42,15 @@ def test_trace(layer: str) -> None:
     traced = torch.jit.trace(module, inputs)
     others = [torch.rand_like(x) for x in inputs]
     torch.testing.assert_close(traced(*others), module(*others))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks
+def test_trace_of_pseudo_labels() -> None:
+    module = PseudoLabels(PAR([1, 2], 2), (0.6, 0.3))
+    images, cams, labels = torch.rand(2, 3, 8, 10), torch.rand(2, 4, 5, 6), torch.tensor([[1, 0, 1, 1], [0, 0, 0, 1]])
+    traced = torch.jit.trace(module, (images, cams, labels))
+    for some in (labels, 1 - labels):
+        assert torch.equal(traced(images, cams, some), module(images, cams, some))
 
 
 @each_layer

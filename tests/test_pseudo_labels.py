@@ -26,6 +26,7 @@ from wsseg_layers.functional import (
     threshold_pseudo_labels,
 )
 from wsseg_layers.kernels import BackendName
+from wsseg_layers.pseudo_labels import DISCARDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -363,6 +364,33 @@ def test_one_class_and_an_empty_batch() -> None:
     assert cam_to_label(cams[:0], labels[:0]).shape == (0, 8, 8)
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("num_iter", [0, 1, 10, 50])
+@pytest.mark.parametrize("layer", ["PAR", "PAMR"])
+def test_where_all_are_equal_the_background_wins(layer: str, num_iter: int, backend: BackendName) -> None:
+    images, cams = torch.rand(1, 3, 33, 33), torch.full((1, 3, 33, 33), 0.5)
+    refine = PAR(num_iter=num_iter, backend=backend) if layer == "PAR" else PAMR(num_iter, backend=backend)
+    for softmax in (False, True):
+        assert not refine_pseudo_labels(images, cams, torch.ones(1, 3), refine, 0.5, softmax, down_scale=1).any()
+
+
+def test_power_of_cams_that_resizing_takes_beyond_1() -> None:
+    module = PseudoLabels(None, PowerBackground(1.5), softmax=False, down_scale=1)
+    for size in ((37, 50), (33, 29)):  # some of the resized values are 1 + 2^-23
+        _, maps = module.labels_and_maps(torch.rand(1, 3, *size), torch.ones(1, 1, 7, 5), torch.ones(1, 1))
+        assert not maps.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_functions_compute_in_float32(dtype: torch.dtype) -> None:
+    masks, labels = torch.rand(4, 5, 20, 20).softmax(dim=1).to(dtype), torch.ones(4, 4)
+    for discard in DISCARDS:
+        expected = threshold_pseudo_labels(masks.float(), labels, discard=discard)
+        assert torch.equal(threshold_pseudo_labels(masks, labels, discard=discard), expected)
+    assert torch.equal(normalise_cam(masks), normalise_cam(masks.float()).to(dtype))
+    assert not normalise_cam(torch.ones(1, 1, 2, 2, dtype=dtype), eps=1e-8).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_cams_in_half_precision_are_computed_in_float32(dtype: torch.dtype) -> None:
     images, cams, labels = problem(3, 4, 0)
@@ -598,6 +626,7 @@ def test_published_labels(backend: BackendName) -> None:
     assert (actual == refined).double().mean() >= 0.9999
 
 
+CAMS = torch.rand(2, 3, 4, 5)
 ARGUMENTS: dict[str, Any] = {
     "images": torch.rand(2, 3, 8, 9),
     "cams": torch.rand(2, 4, 5, 6),
@@ -628,12 +657,15 @@ ARGUMENTS: dict[str, Any] = {
             r"labels must be \[B, C\] = \[2, 4\] for cams .* got shape \[2, 5\]",
         ),
         ({"labels": torch.ones(2, 4).to(torch.complex64)}, TypeError, r"labels must be .* got torch.complex64"),
+        ({"labels": torch.ones(2, 4).to_sparse()}, TypeError, r"labels must be a dense tensor, got layout"),
         ({"background": None}, ValueError, r"labels must be \[B, C\] = \[2, 3\] for cams"),
         ({"background": None, "cams": torch.rand(2, 1, 5, 6)}, ValueError, r"cams must have a channel for the backgr"),
         ({"refine": "PAR"}, TypeError, r"refine must be a PAMR, a PAR or None, got str"),
         ({"background": (0.2, 0.7)}, ValueError, r"background must be a pair \(high, low\), got \[0.2, 0.7\]"),
         ({"background": (0.2, 0.1, 0.0)}, ValueError, r"background must be a score or a pair .*, got 3 scores"),
-        ({"background": "0.5"}, TypeError, r"background must be a number, got str"),
+        ({"background": "0.5"}, TypeError, r"background must be a number, a tensor, a PowerBackground or .*, got str"),
+        ({"background": [0.7, 0.25]}, TypeError, r"background must be .* or a tuple \(high, low\) of two.*, got list"),
+        ({"background": True}, TypeError, r"background must be a number, got bool"),
         ({"background": float("nan")}, ValueError, r"background must be finite"),
         ({"background": torch.rand(3)}, ValueError, r"background must be \[B\] or \[B, 1, h, w\] .*, got \[3\]"),
         ({"background": torch.rand(2, 4, 5, 6)}, ValueError, r"background must be \[B\] or .*, got \[2, 4, 5, 6\]"),
@@ -643,8 +675,14 @@ ARGUMENTS: dict[str, Any] = {
         ({"down_scale": 0}, ValueError, r"down_scale must be at least 1, got 0"),
         ({"down_scale": 9}, ValueError, r"down_scale must be at most the height and width .*, got 9 for 8 x 9"),
         ({"down_scale": 0.5}, TypeError, r"down_scale must be an integer, got 0.5"),
-        ({"boxes": [[0, 1, 0, 1]]}, TypeError, r"boxes must be an integer tensor, got list"),
-        ({"boxes": torch.rand(2, 4)}, TypeError, r"boxes must be an integer tensor, got torch.float32"),
+        ({"boxes": [[0, 1, 0, 1]]}, TypeError, r"boxes must be an integer tensor .*, got list"),
+        ({"boxes": torch.rand(2, 4)}, TypeError, r"boxes must be an integer tensor .*, got torch.float32"),
+        (
+            {"boxes": torch.ones(2, 4).to(torch.complex128)},
+            TypeError,
+            r"boxes must be an integer tensor .*, got torch.complex128",
+        ),
+        ({"boxes": torch.ones(2, 4).to(torch.uint16)}, TypeError, r"boxes must be an integer tensor .* torch.uint16"),
         ({"boxes": torch.zeros(2, 3).long()}, ValueError, r"boxes must be \[B, 4\] for images .* got shape \[2, 3\]"),
         ({"boxes": torch.tensor([[0, 9, 0, 9]] * 2)}, ValueError, r"boxes must hold 0 <= top .* got \[0, 9, 0, 9\]"),
         ({"boxes": torch.tensor([[5, 4, 0, 9]] * 2)}, ValueError, r"boxes must hold 0 <= top .* got \[5, 4, 0, 9\]"),
@@ -659,6 +697,7 @@ ARGUMENTS: dict[str, Any] = {
         ({"align_corners": None}, TypeError, r"align_corners must be True or False, got None"),
         ({"ignore_index": 3}, ValueError, r"ignore_index must be no label, of which there are 0 to 4, got 3"),
         ({"ignore_index": 255.0}, TypeError, r"ignore_index must be an integer, got 255.0"),
+        ({"ignore_index": 2**64}, ValueError, r"ignore_index must be in -9\d+ to 9\d+, the range of torch.int64, got"),
         ({"max_classes": 0}, ValueError, r"max_classes must be at least 1, got 0"),
     ],
 )
@@ -702,10 +741,30 @@ def test_exception_of_the_constructor(arguments: dict[str, Any], error: type[Exc
             ValueError,
             "discard must be one of 'classes', 'all', 'none', got 'some'",
         ),
-        (lambda: merge_labels(torch.rand(2), torch.ones(2).long()), TypeError, "high must be an integer tensor, got"),
+        (lambda: merge_labels(torch.rand(2), torch.ones(2).long()), TypeError, "high must be an integer tensor"),
+        (
+            lambda: merge_labels(torch.ones(2).to(torch.complex128), torch.ones(2).to(torch.complex128)),
+            TypeError,
+            "got torch.complex128",
+        ),
+        (
+            lambda: merge_labels(torch.ones(2).byte(), torch.ones(2).byte(), -1),
+            ValueError,
+            "ignore_index must be in 0 to 255, the range of torch.uint8, got -1",
+        ),
+        (lambda: merge_labels(torch.ones(2).char(), torch.ones(2).char()), ValueError, "in -128 to 127, the range of"),
+        (lambda: merge_labels(torch.ones(2).long(), torch.ones(2).long(), 0), ValueError, "ignore_index must not be 0"),
         (lambda: merge_labels(torch.ones(2).long(), torch.ones(3).long()), ValueError, "must have the same shape"),
         (lambda: normalise_cam(torch.rand(2, 3)), ValueError, "cams must have 4 dimensions"),
         (lambda: normalise_cam(torch.rand(1, 1, 2, 3), 0), ValueError, "eps must be positive, got 0"),
+        (lambda: multi_scale_cam(CAMS.mul, CAMS, 1.0), TypeError, "scales must be a sequence of numbers, got float"),  # type: ignore[arg-type]
+        (lambda: multi_scale_cam(lambda _: None, CAMS), TypeError, "the result of model must be a torch.Tensor"),  # type: ignore[arg-type,return-value]
+        (lambda: multi_scale_cam(lambda x: x[0], CAMS), ValueError, "the result of model must have 4 dimensions"),
+        (
+            lambda: multi_scale_cam(lambda x: x[:2], CAMS),
+            ValueError,
+            r"model must return CAMs for 4 images, half of them mirrored, got shape \[2, 3, 4, 5\]",
+        ),
     ],
 )
 def test_exception_of_the_small_functions(call: Callable[[], Any], error: type[Exception], message: str) -> None:

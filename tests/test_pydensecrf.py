@@ -1,5 +1,9 @@
-"""DenseCRF against pydensecrf2, on images that have what photographs have: areas, shading, texture and noise."""
+"""DenseCRF and the filter of the energy loss against pydensecrf2, on images that have what photographs have.
 
+These are areas, shading, texture and noise.
+"""
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +12,9 @@ from torch import Tensor
 from benchmarks.crf_peer import pydensecrf
 from tests.strategies import CPU_BACKENDS
 from wsseg_layers import DenseCRF
+from wsseg_layers.functional import dense_energy_loss
 
-pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 is not installed")
+dcrf = pytest.importorskip("pydensecrf.densecrf", reason="pydensecrf2 is not installed")
 pytestmark = pytest.mark.skipif("cpp" not in CPU_BACKENDS, reason="no C++ compiler: exact sums differ from a lattice's")
 
 
@@ -91,3 +96,34 @@ def test_a_constant_image(value: float) -> None:
 def test_extreme_contrast() -> None:
     image = 255.0 * (torch.rand(1, 3, 40, 50) > 0.5)
     assert_equal_results(image, blobs(3, 40, 50))
+
+
+def published_sums(image: Tensor, values: Tensor, sigma_xy: float, sigma_rgb: float) -> Tensor:
+    """Return the sums of values [H, W] by the lattice of pydensecrf2, which is that of the published energy loss.
+
+    The library returns marginals only. One step of mean field with two classes adds the difference of their sums, times
+    a weight, to the difference of their logits.
+    """
+    height, width = values.shape
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    features = torch.cat([torch.stack([x, y]) / sigma_xy, image[0] / sigma_rgb]).flatten(1).float()
+    probability = (1 + values) / 2
+    start, weight = torch.stack([probability, 1 - probability]).flatten(1).log(), 1e-3
+    crf = dcrf.DenseCRF(height * width, 2)
+    crf.setUnaryEnergy((-start).numpy())
+    crf.addPairwiseEnergy(features.numpy(), weight, dcrf.CONST_KERNEL, dcrf.NO_NORMALIZATION)
+    marginals = torch.from_numpy(np.array(crf.inference(1))).double()
+    change = (marginals[0] / marginals[1]).log() - (start[0].double() - start[1].double())
+    return change.view(height, width) / weight
+
+
+@pytest.mark.parametrize(("sigma_xy", "sigma_rgb"), [(50.0, 15.0), (10.0, 5.0)])
+def test_energy_loss_has_the_scale_of_the_published_filter(sigma_xy: float, sigma_rgb: float) -> None:
+    torch.manual_seed(0)
+    image, _ = photograph(60, 80)
+    values = 0.05 + 0.9 * torch.rand(60, 80)
+    loss = dense_energy_loss(
+        image, values[None, None], torch.ones(1, 60, 80), torch.ones(1, 60, 80).bool(), sigma_rgb, sigma_xy
+    )
+    expected = -(values * published_sums(image, values, sigma_xy, sigma_rgb)).sum()
+    torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-4, atol=0)

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from wsseg_layers import GCI, PAMR, PAR, DenseCRF, DenseEnergyLoss, FocalSizePenalty, StochasticGate, nGWPPool
+from wsseg_layers import (
+    GCI,
+    PAMR,
+    PAR,
+    DenseCRF,
+    DenseEnergyLoss,
+    FocalSizePenalty,
+    PseudoLabels,
+    StochasticGate,
+    nGWPPool,
+)
 from wsseg_layers.functional import stochastic_gate
 from wsseg_layers.kernels import bilateral_filter, pamr_affinity, pamr_propagate
 
@@ -116,6 +126,21 @@ def test_masks_that_share_an_affinity_under_vmap() -> None:
     function, masks = PAMR(2, [1, 2]), torch.rand(3, 4, 5, 6, 7)  # two masks per image
     actual = torch.vmap(function, in_dims=(None, 0))(IMAGE, masks)
     torch.testing.assert_close(actual, torch.stack([function(IMAGE, one) for one in masks]))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_classes() -> None:
+    classes = torch.stack([torch.arange(10).view(2, 5) % 3 == 1, torch.arange(10).view(2, 5) > 6])
+    affinity = pamr_affinity(IMAGE, [1, 2])
+    functions: list[Callable[[Tensor], Tensor]] = [
+        lambda one: PAMR(2, [1, 2])(IMAGE, MAPS, one),
+        lambda one: PAR([1, 2], 2, backend="eager")(IMAGE, MAPS, one, "keep"),
+        lambda one: DenseCRF(2)(255 * IMAGE, MAPS, one),
+        lambda one: PseudoLabels(PAR([1, 2], 2), (0.4, 0.2))(IMAGE, MAPS, one),
+        lambda one: pamr_propagate(MAPS, affinity, [1, 2], 2, counts=one.sum(dim=1)),
+    ]
+    for function in functions:
+        torch.testing.assert_close(torch.vmap(function)(classes), torch.stack([function(one) for one in classes]))
 
 
 def test_transforms_of_the_dense_crf() -> None:

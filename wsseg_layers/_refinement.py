@@ -17,7 +17,7 @@ from ._checks import (
     check_pixels,
     check_same_device,
 )
-from .kernels.operators import check_backend
+from .kernels.operators import check_backend, hides_values
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 Resize = Literal["mask", "image", "none"]
@@ -146,8 +146,7 @@ def present_first(classes: Tensor, max_classes: int | None = None) -> tuple[Tens
 
 def reads_values(tensor: Tensor) -> bool:
     """Return whether Python may look at values: those of a CPU, in eager mode, of a batch that is not empty."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return tensor.device.type == "cpu" and tensor.numel() > 0 and not traced
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not hides_values(tensor)
 
 
 def join_views(mask: Tensor, image: Tensor) -> Tensor:

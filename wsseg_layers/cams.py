@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import check_flag, check_maps, check_pixels, check_positive
+from ._dtypes import cast, working_dtype
 
 
 def normalise_cam(cams: Tensor, eps: float = 1e-5) -> Tensor:
@@ -20,7 +21,7 @@ def normalise_cam(cams: Tensor, eps: float = 1e-5) -> Tensor:
         eps: added to the maximum, positive.
 
     Returns:
-        CAMs, [B, C, h, w]. A constant CAM becomes 0.
+        CAMs, [B, C, h, w], in the dtype of `cams`, computed in at least float32. A constant CAM becomes 0.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -37,8 +38,9 @@ def normalise_cam(cams: Tensor, eps: float = 1e-5) -> Tensor:
     check_maps("cams", cams)
     check_pixels("cams", cams)
     check_positive("eps", eps)
-    shifted = cams - cams.amin(dim=(2, 3), keepdim=True)
-    return shifted / (shifted.amax(dim=(2, 3), keepdim=True) + eps)
+    values = cast(cams, working_dtype(cams))
+    shifted = values - values.amin(dim=(2, 3), keepdim=True)
+    return cast(shifted / (shifted.amax(dim=(2, 3), keepdim=True) + eps), cams.dtype)
 
 
 @torch.no_grad()
@@ -64,8 +66,9 @@ def multi_scale_cam(
         CAMs, [B, C, H, W], in [0, 1], without a gradient.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: a dimension is missing or empty, `scales` is empty, or a scale is not positive.
+        TypeError: an argument or the result of `model` has the wrong type.
+        ValueError: a dimension is missing or empty, `scales` is empty, a scale is not positive, or `model` returns the
+            wrong number of CAMs.
 
     Source:
         `multi_scale_cam` of Ru et al., CVPR 2022.
@@ -79,6 +82,8 @@ def multi_scale_cam(
     check_maps("images", images)
     check_pixels("images", images)
     check_flag("flip", flip)
+    if not isinstance(scales, Sequence):
+        raise TypeError(f"scales must be a sequence of numbers, got {type(scales).__name__}")
     if len(scales) == 0:
         raise ValueError("scales must hold at least one scale, got none")
     for number, scale in enumerate(scales):
@@ -87,7 +92,15 @@ def multi_scale_cam(
     total: Tensor | None = None
     for scale in scales:
         scaled = _resize(images, [max(1, int(scale * side)) for side in size])
-        cams = _resize(model(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled), size)
+        inputs = torch.cat([scaled, scaled.flip(-1)]) if flip else scaled
+        cams = model(inputs)
+        check_maps("the result of model", cams)
+        if len(cams) != len(inputs):
+            raise ValueError(
+                f"model must return CAMs for {len(inputs)} images{', half of them mirrored' if flip else ''},"
+                f" got shape {list(cams.shape)}"
+            )
+        cams = _resize(cams, size)
         if flip:
             straight, mirrored = cams.chunk(2)
             cams = torch.maximum(straight, mirrored.flip(-1))

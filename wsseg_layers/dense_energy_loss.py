@@ -15,7 +15,6 @@ from ._checks import (
     check_not_negative,
     check_pixels,
     check_positive,
-    check_same_batch,
     check_same_device,
 )
 from .kernels import BackendName, bilateral_filter
@@ -161,14 +160,22 @@ class DenseEnergyLoss(nn.Module):
             ROIs: region of interest, [B, H, W]: 1 inside, 0 outside.
             seg_label: labels, [B, 1, H, W], of any dtype; 255 marks pixels without a label.
         """
-        check_maps("images", images)
         check_maps("segmentations", segmentations)
+        check_pixels("segmentations", segmentations)
         check_image(images, ("segmentations", segmentations), "images")
         _check_region("ROIs", ROIs, segmentations)
-        if not isinstance(seg_label, Tensor) or seg_label.shape != (images.shape[0], 1, *images.shape[2:]):
-            given = list(seg_label.shape) if isinstance(seg_label, Tensor) else type(seg_label).__name__
-            raise ValueError(f"seg_label must be [B, 1, H, W] for images {list(images.shape)}, got {given}")
-        check_same_batch(("images", images), ("seg_label", seg_label))
+        if not isinstance(seg_label, Tensor):
+            raise TypeError(f"seg_label must be a torch.Tensor, got {type(seg_label).__name__}")
+        if seg_label.shape != (images.shape[0], 1, *images.shape[2:]):
+            raise ValueError(
+                f"seg_label must be [B, 1, H, W] for images {list(images.shape)}, got shape {list(seg_label.shape)}"
+            )
+        check_same_device(("images", images), ("seg_label", seg_label))
+        height, width = images.shape[2:]
+        if min(height, width) * self.scale_factor < 1:
+            raise ValueError(
+                f"scale_factor must leave at least one pixel of images {height} x {width}, got {self.scale_factor}"
+            )
         regions = torch.cat([ROIs[:, None].to(images.dtype), (seg_label.detach() == IGNORED).to(images.dtype)], dim=1)
         scaled_rois, ignored = self._resize(regions).unbind(1)
         scaled = F.interpolate(

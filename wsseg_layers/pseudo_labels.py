@@ -7,6 +7,7 @@ Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020. https:/
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -34,7 +35,8 @@ from .pamr import PAMR
 from .par import PAR
 
 IGNORE_INDEX = 255
-ROUNDING = 1e-6  # of float32, over the iterations of a refinement
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+ROUNDING = 1e-6  # of the sum of float32 maps, per iteration of a refinement
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ def refine_pseudo_labels(
             ignored.
         crop: crop images and CAMs to `boxes` before they are refined, so that nothing outside plays a part. Images are
             refined one by one then, `boxes` must be on the CPU, and the call does not compile with `fullgraph=True`.
-        align_corners: `align_corners` of the resizing in step 1 of the CAMs. It is False in all other resizing.
+        align_corners: `align_corners` of the resizing in step 1 of the CAMs and of a background score per pixel. It is
+            False in all other resizing.
         ignore_index: label of ignored pixels.
         max_classes: upper bound on the classes of an image. On a GPU and under `torch.compile`, time and memory grow
             with it; by default it is C there. A CPU in eager mode needs none. An image with more classes is an error.
@@ -278,7 +281,7 @@ class PseudoLabels(nn.Module):
         softmax: take the softmax over background and present classes before the refinement.
         down_scale: divisor of the height and width in which maps are refined.
         crop: crop images and CAMs to the boxes before they are refined.
-        align_corners: `align_corners` of the resizing of the CAMs to the size in which they are refined.
+        align_corners: `align_corners` of the resizing of CAMs and background scores to the size that is refined.
         ignore_index: label of ignored pixels.
         max_classes: upper bound on the classes of an image.
 
@@ -408,8 +411,8 @@ def threshold_pseudo_labels(
     index, counts = _present(labels, max_classes)
     channels = F.pad(index + 1, (1, 0))  # [B, 1 + M], background first
     valid = F.pad(_valid(index, counts), (1, 0), value=True)
-    packed = take_channels(masks.detach(), channels)
-    fractions = torch.cat([masks.new_full((1,), background), masks.new_full(index.shape[1:], foreground)])
+    packed = cast(take_channels(masks.detach(), channels), working_dtype(masks))
+    fractions = torch.cat([packed.new_full((1,), background), packed.new_full(index.shape[1:], foreground)])
     threshold = (packed.amax(dim=(2, 3)) * fractions).clamp(min=floor)
     claimed = (packed > threshold[:, :, None, None]) & valid[:, :, None, None]
     single = claimed.sum(dim=1) == 1
@@ -439,7 +442,7 @@ def merge_labels(high: Tensor, low: Tensor, ignore_index: int = IGNORE_INDEX) ->
 
     Raises:
         TypeError: an argument is no integer tensor.
-        ValueError: shapes or devices differ.
+        ValueError: shapes or devices differ, or `ignore_index` is 0 or no value of the dtype of `high`.
 
     Source:
         `refine_cams_with_bkg_v2` of Ru et al., CVPR 2022.
@@ -454,7 +457,9 @@ def merge_labels(high: Tensor, low: Tensor, ignore_index: int = IGNORE_INDEX) ->
     check_same_device(("high", high), ("low", low))
     if high.shape != low.shape:
         raise ValueError(f"high and low must have the same shape, got high {list(high.shape)}, low {list(low.shape)}")
-    check_integer("ignore_index", ignore_index)
+    _check_range(ignore_index, high.dtype)
+    if ignore_index == 0:
+        raise ValueError("ignore_index must not be 0, the label of the background, got 0")
     return high.masked_fill((high == 0) & (low != 0), ignore_index)
 
 
@@ -520,7 +525,7 @@ def _refine(
 ) -> Tensor:
     """Return refined maps [B, 1 + M, V * S, h, w] of present classes [B, M, V, ., .] with S background scores.
 
-    Without `exact`, the background may differ by 1e-6 from what refining it would give.
+    Without `exact`, the background may differ by 1e-6 per iteration from what refining it would give.
     """
     height, width = images.shape[2:]
     if min(height, width) < down_scale:
@@ -549,7 +554,7 @@ def _refine(
     # The channels of a pixel sum to 1, and every iteration multiplies their sum by that of the weights: the background
     # is what the classes leave. It is raised by more than what rounding may take, so that it still wins where all are
     # equal.
-    total = (1 + ROUNDING) * refine.sum_of_weights() ** refine.num_iter
+    total = (1 + ROUNDING * (1 + refine.num_iter)) * refine.sum_of_weights() ** refine.num_iter
     refined = refine.propagate(maps[:, 1:].flatten(1, 2), affinity, counts * maps.shape[2]).view(maps[:, 1:].shape)
     return torch.cat([total - refined.sum(dim=1, keepdim=True), refined], dim=1)
 
@@ -623,7 +628,8 @@ def _background_map(score: Score, classes: Tensor, valid: Tensor, align_corners:
     if isinstance(score, PowerBackground):
         highest = classes.masked_fill(~valid, -torch.inf).amax(dim=1, keepdim=True)
         highest = torch.where(valid.any(dim=1, keepdim=True), highest, 0)  # an image without classes
-        return (1 - highest) ** score.power
+        # Resizing may take a CAM of 1 beyond it, and a negative number has no power 1.5.
+        return (1 - highest).clamp(min=0) ** score.power
     if isinstance(score, Tensor):
         score = cast(score, classes.dtype)
         return score if score.shape[-2:] == (1, 1) else _resize(score, classes.shape[-2:], align_corners)
@@ -673,7 +679,7 @@ def _check_settings(
     for name, flag in (("softmax", softmax), ("crop", crop), ("align_corners", align_corners)):
         check_flag(name, flag)
     check_count("down_scale", down_scale, minimum=1)
-    check_integer("ignore_index", ignore_index)
+    _check_range(ignore_index, torch.int64)
     if max_classes is not None:
         check_count("max_classes", max_classes, minimum=1)
     if background is not None:
@@ -686,7 +692,7 @@ def _check_cams(cams: Tensor, labels: Tensor, background_first: bool) -> Tensor:
     if cams.ndim not in (4, 5):
         raise ValueError(f"cams must have 4 dimensions [B, C, h, w] or 5 [B, V, C, h, w], got shape {list(cams.shape)}")
     check_pixels("cams", cams)
-    _check_labels(labels, ("cams", cams), cams.shape[-3] - background_first)
+    _check_labels(labels, ("cams", cams), cams.shape[-3] - int(background_first))
     return cams if cams.ndim == 5 else cams[:, None]
 
 
@@ -696,6 +702,8 @@ def _check_labels(labels: Tensor, named_maps: tuple[str, Tensor], num_classes: i
     if not isinstance(labels, Tensor) or labels.is_complex():
         given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be a tensor of numbers or torch.bool, got {given}")
+    if labels.layout is not torch.strided:
+        raise TypeError(f"labels must be a dense tensor, got layout {labels.layout}")
     if num_classes < 1:
         raise ValueError(
             f"{name} must have a channel for the background and at least one class, got {list(maps.shape)}"
@@ -720,6 +728,11 @@ def _split_background(background: Background) -> tuple[Score, ...]:
         raise ValueError(f"background must be a score or a pair (high, low), got {len(scores)} scores")
     numbers = [score for score in scores if not isinstance(score, (Tensor, PowerBackground))]
     for number in numbers:
+        if not isinstance(number, Real):
+            raise TypeError(
+                "background must be a number, a tensor, a PowerBackground or a tuple (high, low) of two of them, got"
+                f" {type(number).__name__}"
+            )
         check_real("background", number)
     if len(numbers) == 2 and numbers[0] < numbers[1]:
         raise ValueError(f"background must be a pair (high, low), got {numbers}")
@@ -771,18 +784,23 @@ def _check_boxes(boxes: Tensor | None, named_maps: tuple[str, Tensor], crop: boo
 
 
 def _check_integers(name: str, tensor: Tensor) -> None:
-    if (
-        not isinstance(tensor, Tensor)
-        or tensor.dtype.is_floating_point
-        or tensor.dtype in (torch.bool, torch.complex64)
-    ):
+    if not isinstance(tensor, Tensor) or tensor.dtype not in INTEGERS:
         given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be an integer tensor, got {given}")
+        raise TypeError(f"{name} must be an integer tensor ({', '.join(map(str, INTEGERS))}), got {given}")
+
+
+def _check_range(ignore_index: int, dtype: torch.dtype) -> None:
+    """Refuse anything but an integer that a dtype holds."""
+    check_integer("ignore_index", ignore_index)
+    bits = 8 * dtype.itemsize
+    lowest, highest = (0, 2**bits - 1) if dtype == torch.uint8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    if not lowest <= ignore_index <= highest:
+        raise ValueError(f"ignore_index must be in {lowest} to {highest}, the range of {dtype}, got {ignore_index}")
 
 
 def _check_ignore_index(ignore_index: int, labels: Tensor) -> None:
-    """Refuse anything but an integer that is no label of a class or of the background."""
-    check_integer("ignore_index", ignore_index)
+    """Refuse anything but an integer of 64 bits that is no label of a class or of the background."""
+    _check_range(ignore_index, torch.int64)
     if 0 <= ignore_index <= labels.shape[1]:
         raise ValueError(
             f"ignore_index must be no label, of which there are 0 to {labels.shape[1]}, got {ignore_index}"
