@@ -21,7 +21,7 @@ from voc.settings import Settings
         (["--data", "{root}", "--weights", "/no/such/file"], "weights not found: /no/such/file"),
         (["--data", "{root}", "--accumulate", "3"], "--batch-size must be divisible by processes x --accumulate"),
         (["--data", "{root}", "--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a CUDA device"),
-        (["--resume", "/no/such/run"], "--resume: no run to go on with: looked for /no/such/run"),
+        (["--resume", "/no/such/run"], "--resume: no run to resume: looked for /no/such/run"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(

@@ -118,7 +118,7 @@ def test_an_interrupted_run_goes_on(
     train_step = train_voc.train_step
     monkeypatch.setattr(train_voc, "train_step", interrupted_step)
     assert main([*QUICK, "--data", str(toy_root), "--output", str(tmp_path), "--no-baseline"]) == 130
-    assert f"after step 2; go on with: python examples/train_voc.py --resume {tmp_path}" in capsys.readouterr().err
+    assert f"after step 2; resume with: python examples/train_voc.py --resume {tmp_path}" in capsys.readouterr().err
     assert main(["--resume", str(tmp_path)]) == 130
     assert "stopped in epoch 2 after step 2" in capsys.readouterr().err
     assert main(["--resume", str(tmp_path)]) == 0
@@ -321,7 +321,9 @@ def test_a_signal_outside_of_an_epoch_ends_in_one_line(
     with monkeypatch.context() as patch:
         patch.setattr(train_voc, "evaluate", interrupted)
         assert main(arguments) == 130
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("stopped; go on with: python examples/train_voc")
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1].startswith("stopped; resume with: python examples/train_voc")
+    )
     with monkeypatch.context() as patch:
         patch.setattr(train_voc, "build_model", lambda *_: signal.raise_signal(signal.SIGINT))
         assert main(arguments) == 130

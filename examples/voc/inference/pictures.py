@@ -1,4 +1,4 @@
-"""Image files of any kind, read for inference; and the way back from the network's pixels to the stored ones."""
+"""Image files of any kind, read for inference, and the inverse mapping from the network's pixels to the stored ones."""
 
 import warnings
 from pathlib import Path
@@ -51,7 +51,8 @@ def read_picture(path: Path, max_pixels: int) -> Picture:
     """Read an image of any size and mode.
 
     It is turned upright by its EXIF orientation, and reduced if it has more than `max_pixels` pixels. Transparency is
-    dropped, as in training. Of 16-bit images the upper 8 bits are used, of several frames the first.
+    dropped, as in training. For 16-bit images, the upper 8 bits are used; for images with several frames, the first
+    frame.
 
     Raises:
         DataError: `path` is not a regular file or not an image, is damaged, or has so many pixels (179 million) that

@@ -147,7 +147,7 @@ def test_other_counts_are_said(voc: Path, sbd: Path, tmp_path: Path, capsys: pyt
     assert error == (
         "prepare_sbd.py: error: not the known counts: VOC train 2 (expected 1464), VOC val 2 (expected 1449), "
         "SBD train 3 (expected 8498), SBD val 1 (expected 2857), train_aug 4 (expected 10582); "
-        "--allow-other-counts goes on with these\n"
+        "--allow-other-counts continues with these\n"
     )
     assert not (tmp_path / "out").exists()
 
