@@ -24,7 +24,7 @@ from voc.settings import Settings
         (["--resume", "/no/such/run"], "--resume: no run to resume: looked for /no/such/run"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_exit_code_2(
+def test_errors_are_one_line_with_exit_code_2(
     arguments: list[str], message: str, toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [argument.format(root=toy_root) for argument in arguments]

@@ -331,7 +331,7 @@ def test_a_signal_outside_of_an_epoch_ends_in_one_line(
     assert signal.getsignal(number) is before
 
 
-def test_a_full_disk_is_said_in_one_line(
+def test_a_full_disk_is_reported_in_one_line(
     toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
@@ -398,7 +398,7 @@ def test_a_truncated_image_is_named_in_one_line(
     assert error.startswith(f"train_voc.py: error: cannot read image {image}: ")
 
 
-def test_a_worker_that_dies_is_said_in_one_line(
+def test_a_dead_worker_is_reported_in_one_line(
     toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(AugmentedDataset, "__getitem__", lambda *_: os._exit(3))
