@@ -150,8 +150,10 @@ def compare_all(pairs: Sequence[Pair], num_classes: int, workers: int) -> Tensor
             else:
                 errors.append(str(result))
     if errors:
-        more = len(errors) - SHOWN_ERRORS
-        raise DataError("\n".join(errors[:SHOWN_ERRORS] + [f"... and {more} more such files"] * (more > 0)))
+        lines = errors[:SHOWN_ERRORS]
+        if len(errors) > SHOWN_ERRORS:
+            lines.append(f"... and {len(errors) - SHOWN_ERRORS} more such files")
+        raise DataError("\n".join(lines))
     return confusion
 
 

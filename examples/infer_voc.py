@@ -276,7 +276,9 @@ def write_all_scores(
 def exit_code(outcomes: Sequence[Outcome], failed: bool) -> int:
     """Return 0 if all images are done or in progress, 1 if some are skipped, 2 if all are skipped."""
     skipped = sum(outcome.status == "skipped" for outcome in outcomes)
-    return 2 if skipped == len(outcomes) else 1 if failed or skipped else 0
+    if skipped == len(outcomes):
+        return 2
+    return 1 if failed or skipped else 0
 
 
 def say(message: str) -> None:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = load_training_data(settings, accelerator)
         # Missing and damaged files are reported here, before training starts.
         build_model(settings, len(data.train.split.classes))
-        for network_settings in networks(settings):
+        for network_settings in settings_per_network(settings):
             checkpoint_to_resume(network_settings)
         settings.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:  # the errors of data, weights and checkpoints are ValueErrors
@@ -85,7 +85,7 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
         print(f"{sizes}, on {device}")
     started = time.perf_counter()
     report = Report(classes, rows)
-    for network_settings in networks(settings):
+    for network_settings in settings_per_network(settings):
         state = TrainingState(network_settings, data.train.split.classes, accelerator)
         train(state, data)
         state.load_best()
@@ -112,7 +112,7 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
         print(f"checkpoints, tables, curves and overlays: {settings.output}")
 
 
-def networks(settings: Settings) -> list[Settings]:
+def settings_per_network(settings: Settings) -> list[Settings]:
     """Return the settings of each network to train: of the baseline, if it is requested, and of the model."""
     if settings.baseline and settings.model == "single_stage" and settings.supervision == "labels":
         lr = settings.lr if settings.baseline_lr is None else settings.baseline_lr

@@ -13,11 +13,11 @@ AUTOCAST_DEVICES = frozenset(
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype that the dtypes of all inputs are promoted to."""
-    first, *others = (tensor.dtype for tensor in tensors)
-    for dtype in others:
-        if dtype != first:
-            first = torch.promote_types(first, dtype)
-    return first
+    dtype, *others = (tensor.dtype for tensor in tensors)
+    for other in others:
+        if other != dtype:
+            dtype = torch.promote_types(dtype, other)
+    return dtype
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:

@@ -88,8 +88,7 @@ class Settings:
     """Width of ASPP and decoder (256 in the paper)."""
 
     skip_stride8: bool = False
-    """Also fuse the features of stride 8 with the deep features, not only those of stride 4; for EfficientNet-Lite
-    only."""
+    """Also fuse features of stride 8, not only of stride 4, with the deep features; for EfficientNet-Lite only."""
 
     model: Literal["single_stage", "cam"] = "single_stage"
     """The paper's network, or the CAM-GAP baseline alone."""
@@ -103,13 +102,11 @@ class Settings:
     loss: Literal["paper", "published"] = "paper"
     """Segmentation loss: `paper` is eq. 21-23, with pseudo labels at mask size. `published` is that of the authors'
     code: pseudo labels and cross-entropy at crop size, images counted only if the background has a pseudo label too,
-    and the plain mean over images. The preset `paper` uses `published`, because it produced the figures in the
-    paper."""
+    and the plain mean over images. The preset `paper` uses `published`, because it produced the paper's figures."""
 
     energy_loss: float = 0.0
     """Weight of the dense energy loss (Tang et al., ECCV 2018) of the masks at crop size, in the epochs with
-    self-supervision; 0 leaves it out (the paper). AFA uses 0.01, ToCo 0.05; the other arguments of the loss are the
-    same as theirs."""
+    self-supervision; 0 leaves it out (the paper). AFA uses 0.01, ToCo 0.05; the other arguments are theirs."""
 
     mixing_rate: float = 0.3
     """Psi of the stochastic gate, eq. 9 (0.3 in the paper); 0 trains without the gate."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from train_voc import main, networks, parse_arguments
+from train_voc import main, parse_arguments, settings_per_network
 from voc.presets import PAPER, PRESETS
 from voc.settings import Settings
 
@@ -61,8 +61,8 @@ def test_wrong_arguments_exit_with_code_2(
 
 def test_presets() -> None:
     assert parse_arguments([]) == PRESETS["toy"]
-    assert [one.lr for one in networks(PRESETS["toy"])] == [PRESETS["toy"].baseline_lr, PRESETS["toy"].lr]
-    assert [one.lr for one in networks(PRESETS["photographs"])] == 2 * [PRESETS["photographs"].lr]
+    assert [one.lr for one in settings_per_network(PRESETS["toy"])] == [PRESETS["toy"].baseline_lr, PRESETS["toy"].lr]
+    assert [one.lr for one in settings_per_network(PRESETS["photographs"])] == 2 * [PRESETS["photographs"].lr]
     assert parse_arguments(["--data", "x"]).crop_size == PRESETS["photographs"].crop_size
     assert parse_arguments(["--preset", "paper", "--data=x", "--epochs", "3"]).crop_size == 321
     paper = PRESETS["paper"]

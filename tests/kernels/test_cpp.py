@@ -86,7 +86,7 @@ def test_chunks_of_channels_change_nothing(function: Propagate, monkeypatch: pyt
 def test_groups_of_channels_change_nothing(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mask, affinity = torch.rand(1, 21, 6, 37), pamr_affinity(torch.rand(1, 3, 6, 37), [1, 2])
     expected = cpp.propagate(mask, affinity, [1, 2], 3)
-    monkeypatch.setattr(cpp, "_group", lambda: group)
+    monkeypatch.setattr(cpp, "_channels_per_group", lambda: group)
     assert torch.equal(cpp.propagate(mask, affinity, [1, 2], 3), expected)
 
 

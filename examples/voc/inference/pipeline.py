@@ -81,7 +81,7 @@ class Pipeline:
                 while len(behind) > self.workers or (behind and behind[0][1].done()):  # a bound on memory
                     report(behind[0][0], behind[0][1].result())
                     behind.popleft()
-            for _ in range(len(behind)):
+            while behind:
                 report(behind[0][0], behind[0][1].result())
                 behind.popleft()
         finally:

@@ -66,7 +66,7 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Ten
         *image.shape,
         out.data_ptr(),
         _neighbours(tuple(dilations), *image.shape[2:]),
-        _numbers(tuple(dilations), variant),
+        _variant_struct(tuple(dilations), variant),
         torch.get_num_threads(),
     )
     library.run("affinity_double" if in_double else "affinity_float", task)
@@ -124,7 +124,7 @@ def _propagate(
         num_iter,
         transposed,
         torch.get_num_threads(),
-        _group(),
+        _channels_per_group(),
         chunk_bytes,
     )
     library.run("propagate_double" if dtype == torch.float64 else "propagate_float", task)
@@ -132,7 +132,7 @@ def _propagate(
 
 
 @functools.cache
-def _group() -> int:
+def _channels_per_group() -> int:
     """Return how many channels are summed together, so that their neighbours stay in the first-level cache."""
     return GROUP if _first_level_cache() >= GROUP_CACHE_BYTES else GROUP_OF_SMALL_CACHE
 
@@ -156,7 +156,7 @@ def _neighbours(dilations: tuple[int, ...], height: int, width: int) -> library.
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers(dilations: tuple[int, ...], variant: Variant) -> library.Variant:
+def _variant_struct(dilations: tuple[int, ...], variant: Variant) -> library.Variant:
     """Return the numbers of a variant, with the position term of every neighbour."""
     position = (ctypes.c_double * (8 * len(dilations)))()
     if variant.position_weight:
