@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"voc_animals.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; repeat the command to go on", file=sys.stderr)
+        print("\nstopped; repeat the command to continue", file=sys.stderr)
         return 130
     print(f"\n{text}\n{comparison.page}")
     return 0

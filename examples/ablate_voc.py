@@ -1,7 +1,7 @@
 """Train the rows of an ablation table of the paper: `python examples/ablate_voc.py --table 1b --data VOC_ROOT`.
 
 All other arguments are passed to train_voc.py, for every row. Finished rows are not trained again, and an interrupted
-row goes on: repeat the command until the table is complete.
+row is resumed: repeat the command until the table is complete.
 """
 
 import shlex
@@ -131,7 +131,7 @@ def crf_iou(settings: Settings) -> Tensor:
 
 
 def slug(name: str) -> str:
-    """Return a row's name as the name of its folder."""
+    """Return the folder name for the name of a row."""
     return "_".join("".join(letter if letter.isalnum() or letter in ".-" else " " for letter in name).split())
 
 
@@ -140,8 +140,8 @@ def write_table(
 ) -> str:
     """Write the mean IoU of every row to `table.csv` and `table.md`, and return the text of the latter.
 
-    The mean is over `table_classes`, or over all classes if there are none. `with_crf`, the IoU per class of every row
-    after the CRF, makes a second column.
+    The mean is over `table_classes`, or over all classes if it is empty. `with_crf`, if given, is the IoU per class of
+    every row after the CRF, and adds a second column.
     """
     columns = ["mean IoU, %", "mean IoU (+ CRF), %"] if with_crf else ["mean IoU, %"]
     means = []

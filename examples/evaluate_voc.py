@@ -51,7 +51,7 @@ class Arguments:
 
     clean: bool = False
     """Remove classes that are not among the image's labels before a class is chosen for every pixel (Tables 2 and 9).
-    This needs soft masks: a mask of class indices does not say which class is the second best."""
+    This needs soft masks, because a mask of class indices does not contain the second-best class."""
 
     scores: Path | None = None
     """File of `infer_voc.py --scores`: also print the average precision of the image-level classification."""
@@ -139,7 +139,7 @@ def find_prediction(folder: Path, name: str, clean: bool) -> Path:
 
 
 def compare_all(pairs: Sequence[Pair], num_classes: int, workers: int) -> Tensor:
-    """Return the confusion matrix of all pairs, background first. One error names all wrong files."""
+    """Return the confusion matrix of all pairs, background first. A single error lists all wrong files."""
     confusion = torch.zeros(1 + num_classes, 1 + num_classes, dtype=torch.long)
     errors = []
     with ThreadPoolExecutor(workers) as pool:
@@ -150,8 +150,10 @@ def compare_all(pairs: Sequence[Pair], num_classes: int, workers: int) -> Tensor
             else:
                 errors.append(str(result))
     if errors:
-        more = len(errors) - SHOWN_ERRORS
-        raise DataError("\n".join(errors[:SHOWN_ERRORS] + [f"... and {more} more such files"] * (more > 0)))
+        lines = errors[:SHOWN_ERRORS]
+        if len(errors) > SHOWN_ERRORS:
+            lines.append(f"... and {len(errors) - SHOWN_ERRORS} more such files")
+        raise DataError("\n".join(lines))
     return confusion
 
 
@@ -196,7 +198,7 @@ def read_indices(path: Path) -> NDArray[np.uint8]:
 
 
 def check_indices(path: Path, indices: NDArray[np.uint8], expected: str, num_classes: int) -> None:
-    """Refuse values that are not a class; the error ends with `expected`."""
+    """Raise an error for a value that is not a class; the message ends with `expected`."""
     wrong = indices[indices > num_classes]
     if wrong.size:
         raise DataError(f"mask {path} holds {wrong[0]}: expected {expected}")

@@ -49,11 +49,11 @@ class Arguments:
     """An image, a folder of images (without its subfolders), or with --split a data set in VOC's layout."""
 
     output: Path = Path("runs/predictions")
-    """Folder for masks/NAME.png, the masks of the network, and for what other arguments ask for."""
+    """Folder for masks/NAME.png, the masks of the network, and for the outputs of the other arguments."""
 
     released: bool = False
-    """CHECKPOINT is a file of the authors' published network, for VOC's 20 classes; --backbone says which. The scales,
-    the lowest probability and the power of the background are those of their configuration files."""
+    """CHECKPOINT is a file of the authors' published network, for VOC's 20 classes; --backbone names its backbone. The
+    scales, the lowest probability and the power of the background are those of their configuration files."""
 
     backbone: BackboneName | None = None
     """Backbone of the published network, for --released."""
@@ -73,7 +73,7 @@ class Arguments:
     """Scales of each image. Default: the checkpoint's."""
 
     flip: bool = True
-    """Use the mirrored image too, at each scale."""
+    """Also use the mirrored image, at each scale."""
 
     pad_to: int | None = None
     """Show the network every scaled image in the centre of a square of this side, with the mean colour around it. The
@@ -94,23 +94,23 @@ class Arguments:
     6 GB of memory for the default backbone, 20 classes and the paper's scales."""
 
     refine: Refinement = "crf"
-    """Also write the masks after a refinement that aligns them with the edges of the image, to a folder of this name:
-    crf/NAME.png after 10 iterations of a dense CRF with the parameters of the paper's authors, on the CPU; `par` after
-    20 of PAR, `pamr` after 20 of PAMR. `none` writes masks/ only."""
+    """Also write the masks after a refinement that aligns them with the edges of the image, to a folder of this name.
+    `crf` is 10 iterations of a dense CRF with the parameters of the paper's authors, on the CPU; `par` and `pamr` are
+    20 iterations of PAR and PAMR. `none` writes masks/ only."""
 
     overlays: bool = False
     """Also write overlays/NAME.jpg: the mask before and after the refinement, over the image as the network saw it,
     upright, and reduced if it is large."""
 
     scores: bool = False
-    """Also write scores.csv: the probability of each class in each image, of removed classes too."""
+    """Also write scores.csv: the probability of each class in each image, including removed classes."""
 
     soft: bool = False
     """Also write soft/NAME.npz: the masks before a class is chosen, for `evaluate_voc.py --clean`. Up to 15 MB
     per image of VOC."""
 
     workers: int = 2
-    """Threads that read images beside the network, and threads that refine and write."""
+    """Number of threads that read images while the network runs, and of threads that refine and write."""
 
     device: str = "auto"
     """`auto` (cuda, then mps, then cpu) or any name that torch.device takes."""
@@ -163,7 +163,7 @@ def folders(arguments: Arguments) -> list[str]:
 
 
 def key_values(arguments: Arguments) -> dict[str, Any]:
-    """Return what makes the outputs of an image: the network and the arguments. Labels are compared by image."""
+    """Return the values that all outputs depend on: the network and the arguments. Labels are compared per image."""
     others = {"checkpoint", "input", "split", "labels", "output", "scores", "workers", "device"}
     values = {name: value for name, value in asdict(arguments).items() if name not in others}
     return {**values, "checkpoint": file_digest(arguments.checkpoint)}
@@ -226,7 +226,7 @@ def run(
         summarise(arguments, outcomes, len(share), time.perf_counter() - start)
         return 130
     seconds = time.perf_counter() - start
-    outcomes = [again_if_elsewhere(outcome, outputs, source) for source, outcome in zip(share, outcomes, strict=False)]
+    outcomes = [recheck_elsewhere(outcome, outputs, source) for source, outcome in zip(share, outcomes, strict=False)]
     shares = gather((outcomes, seconds, failed), group)
     outcomes = [outcome for share_outcomes, _, _ in shares for outcome in share_outcomes]
     failed = any(share_failed for _, _, share_failed in shares)
@@ -239,8 +239,8 @@ def run(
     return code
 
 
-def again_if_elsewhere(outcome: Outcome, outputs: Outputs, source: Source) -> Outcome:
-    """Look again for the outputs that another process was writing."""
+def recheck_elsewhere(outcome: Outcome, outputs: Outputs, source: Source) -> Outcome:
+    """Look again for the outputs of an image that another process was segmenting."""
     if outcome.status != "elsewhere" or (probabilities := outputs.find(source)) is None:
         return outcome
     return Outcome(source.name, "done before", probabilities)
@@ -274,9 +274,11 @@ def write_all_scores(
 
 
 def exit_code(outcomes: Sequence[Outcome], failed: bool) -> int:
-    """Return 0 if all images are done or in work, 1 if some are skipped, 2 if none is done."""
+    """Return 0 if all images are done or in progress, 1 if some are skipped, 2 if all are skipped."""
     skipped = sum(outcome.status == "skipped" for outcome in outcomes)
-    return 2 if skipped == len(outcomes) else 1 if failed or skipped else 0
+    if skipped == len(outcomes):
+        return 2
+    return 1 if failed or skipped else 0
 
 
 def say(message: str) -> None:

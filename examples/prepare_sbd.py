@@ -14,10 +14,11 @@ from voc.dataset.sbd import KNOWN_COUNTS, AugmentedSet, find_sets, write_augment
 
 @dataclass(frozen=True)
 class Arguments:
-    """Make the training set of 10,582 images ("train_aug"): VOC's and SBD's, without VOC's validation images.
+    """Make the training set of 10,582 images ("train_aug") from VOC and SBD, without VOC's validation images.
 
-    Masks of class indices are written to OUTPUT/SegmentationClassAug (VOC's own masks if there are any), the list of
-    names to OUTPUT/ImageSets/Segmentation/train_aug.txt. Images that are missing in OUTPUT/JPEGImages are linked there.
+    Masks of class indices are written to OUTPUT/SegmentationClassAug; where VOC has a mask, it is used. The list of
+    names is written to OUTPUT/ImageSets/Segmentation/train_aug.txt. Images that are missing in OUTPUT/JPEGImages are
+    linked there.
     """
 
     voc_root: Annotated[Positional[Path], arg(metavar="VOC_ROOT")]
@@ -30,11 +31,11 @@ class Arguments:
     """VOC_ROOT itself, or the folder of a new data set."""
 
     allow_other_counts: bool = False
-    """Go on if the numbers of images differ from those of the full data sets."""
+    """Continue if the numbers of images differ from those of the full data sets."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Count, then write. Returns the exit code."""
+    """Check the numbers of images, then write the data set. Returns the exit code."""
     try:
         arguments = tyro.cli(Arguments, args=argv)
         found = find_sets(arguments.voc_root, arguments.sbd_root)
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_counts(found: AugmentedSet, allow_others: bool) -> None:
-    """Print the numbers of images, and stop if they differ from the known ones."""
+    """Print the numbers of images; raise an error if they differ from the known ones."""
     counts = found.counts()
     lines = {
         name: f"{name} {count}" + (f" (expected {KNOWN_COUNTS[name]})" if count != KNOWN_COUNTS[name] else "")
@@ -60,7 +61,7 @@ def check_counts(found: AugmentedSet, allow_others: bool) -> None:
     print("images: " + ", ".join(lines.values()))
     if counts != KNOWN_COUNTS and not allow_others:
         wrong = ", ".join(line for name, line in lines.items() if counts[name] != KNOWN_COUNTS[name])
-        raise DataError(f"not the known counts: {wrong}; --allow-other-counts goes on with these")
+        raise DataError(f"not the known counts: {wrong}; --allow-other-counts continues with these")
 
 
 if __name__ == "__main__":

@@ -191,8 +191,9 @@ def trained_methods(run: Path) -> list[Method]:
 
 
 def kinds(crf: bool) -> list[tuple[str, str]]:
-    """Return the folders of masks that infer_voc.py writes, each with the suffix of the method's name in the table."""
-    return [("masks", ""), ("crf", " + CRF")][: 1 + crf]
+    """Return the folders of masks that infer_voc.py writes, each with a suffix for the method's name in the table."""
+    network, refined = ("masks", ""), ("crf", " + CRF")
+    return [network, refined] if crf else [network]
 
 
 def segment(arguments: Arguments, method: Method, split: str, options: Sequence[str]) -> Path:

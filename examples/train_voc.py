@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = load_training_data(settings, accelerator)
         # Missing and damaged files are reported here, before training starts.
         build_model(settings, len(data.train.split.classes))
-        for network_settings in networks(settings):
+        for network_settings in settings_per_network(settings):
             checkpoint_to_resume(network_settings)
         settings.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:  # the errors of data, weights and checkpoints are ValueErrors
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with quiet_threads(), sigterm_interrupts():
             run(settings, data, accelerator)
     except (Interrupted, KeyboardInterrupt) as stop:
-        how = f"go on with: python examples/train_voc.py --resume {settings.output}"
+        how = f"resume with: python examples/train_voc.py --resume {settings.output}"
         print(f"\n{str(stop) or 'stopped'}; {how}", file=sys.stderr)
         return 130
     except (TrainingError, DataError, CheckpointError, OSError) as error:
@@ -85,7 +85,7 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
         print(f"{sizes}, on {device}")
     started = time.perf_counter()
     report = Report(classes, rows)
-    for network_settings in networks(settings):
+    for network_settings in settings_per_network(settings):
         state = TrainingState(network_settings, data.train.split.classes, accelerator)
         train(state, data)
         state.load_best()
@@ -112,8 +112,8 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
         print(f"checkpoints, tables, curves and overlays: {settings.output}")
 
 
-def networks(settings: Settings) -> list[Settings]:
-    """Return the settings of each network to train: of the baseline, if it is wanted, and of the model."""
+def settings_per_network(settings: Settings) -> list[Settings]:
+    """Return the settings of each network to train: of the baseline, if it is requested, and of the model."""
     if settings.baseline and settings.model == "single_stage" and settings.supervision == "labels":
         lr = settings.lr if settings.baseline_lr is None else settings.baseline_lr
         return [replace(settings, model="cam", lr=lr), settings]
@@ -123,8 +123,8 @@ def networks(settings: Settings) -> list[Settings]:
 def train(state: TrainingState, data: TrainingData) -> None:
     """Train one network for the remaining epochs.
 
-    With image-level labels, the first epochs have the classification loss alone; then the single-stage model has the
-    self-supervised segmentation loss too.
+    With image-level labels, the first epochs use the classification loss alone. After them, the single-stage model also
+    uses the self-supervised segmentation loss.
     """
     settings, accelerator = state.settings, state.accelerator
     model, optimizer = accelerator.prepare(state.network, state.optimizer)
@@ -163,7 +163,7 @@ def crop_size(settings: Settings, epoch: int) -> int:
 def measure(
     state: TrainingState, data: TrainingData, curve_set: VOCDataset
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Return the figures of an epoch, of masks, classification and pseudo labels; and those of every class [C]."""
+    """Return the figures of an epoch for masks, classification and pseudo labels, and the figures per class [C]."""
     settings, device = state.settings, state.accelerator.device
     found = evaluate(state.result, curve_set, settings, device, state.group, scales=(1.0,), flip=False)
     per_class = {"average precision": found.average_precision}
@@ -261,7 +261,7 @@ def train_step(state: TrainingState, model: Network, optimizer: torch.optim.Opti
 
 
 def check_finite(means: Sequence[float], batch: Sample, state: TrainingState) -> None:
-    """Stop at a loss that is NaN or infinite, and write the names of the batch's images beside the checkpoints."""
+    """Raise an error if a loss is NaN or infinite, and write the names of the batch's images beside the checkpoints."""
     if all(map(math.isfinite, means)):
         return
     path = state.settings.output / f"not_finite_{state.accelerator.process_index}.json"

@@ -39,13 +39,13 @@ def bilateral_filter(
 
     "eager" and "triton" compute the sum exactly, in a time that is quadratic in the number of pixels. "cpp", which is
     "auto" on a CPU, approximates it on a permutohedral lattice, in linear time: normalised sums differ by about 3 % on
-    photographs. Sums that are not normalised are also lower by 10 to 25 %, because the lattice loses what it blurs into
-    colours that the image does not have.
+    photographs. Sums that are not normalised are also lower by 10 to 25 %, because the lattice drops the values that it
+    blurs into colours that the image does not have.
 
     The operator is linear in `values` and differentiable any number of times. No gradient flows to the image.
 
     Args:
-        values: what is summed, [B, C, H, W], any floating-point dtype. Sums are computed in float32, or in float64 for
+        values: maps to filter, [B, C, H, W], any floating-point dtype. Sums are computed in float32, or in float64 for
             float64 values. A NaN spreads at least to the pixels near it in the same channel.
         image: [B, 3, H, W], or None for weights of position alone. A value that is not finite makes all sums of its
             image NaN.
@@ -288,7 +288,8 @@ torch.library.register_autograd(
 )
 
 
-# As in operators.py: in eager mode, torch.func and forward-mode AD need more than an operator can register.
+# As `_Propagate` in operators.py, for eager mode: torch.func and forward-mode AD need more than an operator can
+# register.
 class _BilateralFilter(torch.autograd.Function):
     """`bilateral_filter` in eager mode."""
 

@@ -1,4 +1,4 @@
-"""The Gaussians over position and colour that `bilateral_filter` and the mean field sum with."""
+"""The Gaussians over position and colour that weight the sums of `bilateral_filter` and of the mean field."""
 
 from typing import NamedTuple
 

@@ -12,8 +12,8 @@ def neighbour_offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
     return [(dy, dx) for d in dilations for dy in (-d, 0, d) for dx in (-d, 0, d) if (dy, dx) != (0, 0)]
 
 
-def within(dilations: Sequence[int], height: int, width: int) -> list[int]:
-    """Limit dilations to the longer side of the map: all neighbours beyond the border have the value of the border."""
+def limit_dilations(dilations: Sequence[int], height: int, width: int) -> list[int]:
+    """Limit dilations to the longer side of the map; the neighbours stay the same, because the border is replicated."""
     return [min(d, max(height, width)) for d in dilations]
 
 

@@ -43,7 +43,7 @@ def pamr_affinity(
     * ``"par"``: softmax of :math:`-(|I_i - I_n| / (10^{-8} + \sigma_i) / 0.3)^2` with sigma of the neighbours alone,
       plus 0.01 times a softmax of the same form over their distances from the pixel.
 
-    Where the image is flat, the weights are uniform. A NaN in the image makes the weights of every pixel NaN that has
+    Where the image is flat, the weights are uniform. A NaN in the image makes the weights NaN at every pixel that has
     it in its neighbourhood. No gradient flows to the image: the affinity is a constant of the refinement.
 
     Args:
@@ -104,8 +104,8 @@ def pamr_propagate(
         num_iter: number of iterations; 0 copies the masks.
         backend: "auto" for the first usable backend, or the name of one; see `available_backends`.
         counts: int64, [B], on the device of `mask`: image b has only `counts[b]` channels, the first ones. The others
-            cost no iterations, and are 0 in the result. Each count is in 0 to C; on a CPU this is checked, elsewhere
-            not, because that would wait for the device. Default: all channels of all images.
+            cost no iterations, and are 0 in the result. Each count is in 0 to C. This is checked on a CPU only, because
+            elsewhere the check would wait for the device. Default: all channels of all images.
 
     Returns:
         Masks in the shape of `mask`, contiguous and in its dtype.
@@ -158,7 +158,7 @@ def pamr_propagate(
 
 
 def _is_transformed(mask: Tensor) -> bool:
-    """Return whether a call needs `_Propagate`: a gradient, a forward derivative or a transform of torch.func, eagerly.
+    """Return whether an eager call needs `_Propagate`: for a gradient, a forward derivative or torch.func.
 
     Without it a call costs 50 us less.
     """
@@ -190,7 +190,7 @@ def _check_counts(counts: Tensor, mask: Tensor, affinity: Tensor) -> None:
 
 
 def is_traced() -> bool:
-    """Return whether torch.compile, torch.export or torch.jit.trace records the call: they take operators as such."""
+    """Return whether torch.compile, torch.export or torch.jit.trace records the call: these record the operators."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -200,7 +200,7 @@ def hides_values(tensor: Tensor) -> bool:
 
 
 def batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """Return an operand of torch.vmap with the mapped dimension first, expanded if it has none."""
+    """Return an operand of torch.vmap with the mapped dimension first; it is expanded if it has no mapped dimension."""
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
@@ -210,7 +210,7 @@ def check_backend(backend: str) -> None:
 
 
 def check_variant(variant: str | Variant) -> Variant:
-    """Return the numbers of a variant, given by its name or as they are."""
+    """Check a variant, given by its name or as a `Variant`, and return it as a `Variant`."""
     if not isinstance(variant, Variant):
         check_choice("variant", variant, tuple(VARIANTS))
         return VARIANTS[variant]
@@ -259,7 +259,7 @@ def _propagate(
     implementation = find_backend(backend, x.device)
     if num_iter == 0 or x.numel() == 0:
         return _copy(x, counts)
-    # A backend that takes no counts serves all calls without them.
+    # Passed only if given, so that a backend without this argument works for all other calls.
     return implementation.propagate(x, affinity, dilations, num_iter, *([] if counts is None else [counts]))
 
 

@@ -1,4 +1,4 @@
-"""The variants of the affinity. To add one, add it to `VARIANTS`, which operators, layers and backends read."""
+"""The variants of the affinity. To add one, add it to `VARIANTS`: operators, layers and backends read this table."""
 
 import math
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class Variant(NamedTuple):
 
     @property
     def in_double(self) -> bool:
-        """Whether exponents can exceed some tens (an outlier among equal neighbours), where float32 errs by units."""
+        """Whether exponents can be so large that float32 is too inexact, as at an outlier among equal neighbours."""
         return self.sigma_power != 1 or self.power == 2
 
     def samples(self, dilations: int) -> int:

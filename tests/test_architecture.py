@@ -74,7 +74,7 @@ def test_the_tree_names_files_that_exist() -> None:
             assert any(path.exists() for path in known), name
 
 
-def test_imports_have_no_circle() -> None:
+def test_no_circular_imports() -> None:
     # A package imports its own modules, and they may import what it is made of: packages are left out.
     graph = {module_name(path): imported(path) for path in SOURCES if path.name != "__init__.py"}
     graph = {name: others & set(graph) for name, others in graph.items()}

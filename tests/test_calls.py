@@ -72,7 +72,7 @@ WRONG_SHAPES = {
 
 @pytest.mark.parametrize("what", NO_TENSORS)
 @pytest.mark.parametrize("place", TENSORS)
-def test_what_is_no_dense_floating_point_tensor(place: str, what: str) -> None:
+def test_wrong_kinds_of_tensors(place: str, what: str) -> None:
     argument = place.split()[-1]
     with pytest.raises(TypeError, match=f"^{argument} must (be|have dtype) .*, got .+"):
         TENSORS[place](NO_TENSORS[what])

@@ -34,7 +34,7 @@ def test_the_page(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_checkpoint", [False, True])
-def test_both_refine_the_same_masks(with_checkpoint: bool, root: Path, tmp_path: Path) -> None:
+def test_both_crfs_refine_the_same_masks(with_checkpoint: bool, root: Path, tmp_path: Path) -> None:
     checkpoint = None
     if with_checkpoint:
         settings = replace(PRESETS["toy"], channels=8, min_probability=0.2)

@@ -86,7 +86,7 @@ def test_arguments_are_left_as_they_are() -> None:
         assert torch.equal(given_tensor, kept)
 
 
-def test_nothing_outside_the_region_counts() -> None:
+def test_pixels_outside_the_region_have_no_effect() -> None:
     images, segmentations, rois, unlabelled = draw((1, 3, 6, 8), torch.float32, seed=0)
     other = torch.where(rois[:, None] > 0, segmentations, torch.rand_like(segmentations))
     ours, theirs = (dense_energy_loss(images, s, rois, unlabelled, 0.4, 3.0) for s in (segmentations, other))

@@ -118,7 +118,7 @@ def test_commands(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         name = Path(script).name
         if name == "train_voc.py" and not arguments:
             arguments = shlex.split(NO_DATA)
-        if "--resume" not in arguments:  # which goes on with the settings of its checkpoint
+        if "--resume" not in arguments:  # --resume takes the settings of the checkpoint
             arguments += shlex.split(SMALL.get(name, ""))
         assert importlib.import_module(Path(script).stem).main(arguments) == 0, command
 

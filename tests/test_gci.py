@@ -156,7 +156,7 @@ def test_autocast(device: torch.device, norm: Norm) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_deep_features_enter_through_their_maximum(norm: Norm) -> None:
+def test_only_the_maximum_of_deep_features_matters(norm: Norm) -> None:
     module = GCI(4, norm=norm).eval()
     shallow, deep = torch.randn(2, 4, 6, 7), torch.randn(2, 4, 5, 5)
     torch.testing.assert_close(module(shallow, deep.flip(2, 3)), module(shallow, deep))

@@ -229,7 +229,7 @@ def test_nan_in_the_image_spreads_to_its_neighbours_only() -> None:
     assert torch.equal(nan, expected)
 
 
-def test_affinity_and_propagate_make_the_whole(device: torch.device) -> None:
+def test_affinity_then_propagate_equals_the_call(device: torch.device) -> None:
     module = PAMR(3, [1, 2, 4], variant="paper")
     image, mask = torch.rand(2, 3, 9, 7, device=device), torch.rand(2, 6, 9, 7, device=device)
     affinity = module.affinity(image)
@@ -286,7 +286,7 @@ def test_dilations_are_any_sequence(dilations: Sequence[int]) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "refine.", "model.head.refine."])
-def test_old_keys_load_in_silence(prefix: str) -> None:
+def test_old_keys_load_without_a_warning(prefix: str) -> None:
     module: nn.Module = PAMR()
     for name in reversed(prefix.split(".")[:-1]):
         parent = nn.Module()

@@ -102,7 +102,7 @@ def test_flat_image_leaves_the_position_term(device: torch.device, dtype: torch.
     torch.testing.assert_close(affinity.cpu(), expected.float()[None, :, None, None].expand(1, 48, 9, 7))
 
 
-def test_affinity_and_propagate_make_the_whole() -> None:
+def test_affinity_then_propagate_equals_the_call() -> None:
     module = PAR([1, 2, 4], 3, renormalise=True)
     imgs, masks = torch.rand(2, 3, 9, 7), torch.rand(2, 6, 9, 7)
     affinity = module.affinity(imgs)
@@ -137,7 +137,7 @@ def test_keywords_of_the_published_module() -> None:
     assert torch.equal(module(imgs=imgs, masks=masks), PAR([1, 2], 2)(imgs, masks))
 
 
-def test_old_key_loads_in_silence() -> None:
+def test_old_key_loads_without_a_warning() -> None:
     model = nn.ModuleDict({"par": PAR(), "pamr": PAMR()})
     old = {"par.kernel": torch.zeros(8, 1, 3, 3)}
     model.load_state_dict(old, strict=True)

@@ -27,7 +27,7 @@ def test_cardinality(shape: tuple[int, ...], training: bool) -> None:
     assert gate(torch.randn(shape), torch.randn(shape)).shape == shape
 
 
-def test_any_shape_after_any_other() -> None:
+def test_calls_with_changing_shapes() -> None:
     gate = StochasticGate()
     for shape in [(4, 8, 9, 9), (1, 8, 9, 9), (3, 8, 5, 7)]:
         assert gate(torch.randn(shape), torch.randn(shape)).shape == shape

@@ -72,7 +72,7 @@ def test_numbers_of_par_can_be_set_after_construction() -> None:
 
 @given(map_shapes(max_channels=4), st.sampled_from([0.2, 0.05, 1.0]), dilation_lists, backends, seeds)
 @settings(max_examples=25)
-def test_number_of_pamr(
+def test_weight_of_pamr(
     shape: tuple[int, ...], weight: float, dilations: list[int], backend: BackendName, seed: int
 ) -> None:
     image = uniform(shape, torch.float32, "contiguous", seed)

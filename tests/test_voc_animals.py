@@ -257,7 +257,7 @@ def test_the_whole_comparison(finished: Path) -> None:
     assert all(getattr(one, key) == getattr(ours, key) for one in settings.values() for key in schedule)
 
 
-def test_what_is_finished_is_not_computed_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_runs_are_not_repeated(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unexpected(*_: Any) -> None:
         pytest.fail("computed again")
 
@@ -269,7 +269,7 @@ def test_what_is_finished_is_not_computed_again(finished: Path, monkeypatch: pyt
     assert tables[0] == tables[1]
 
 
-def test_another_grid_is_another_question(tmp_path: Path) -> None:
+def test_answers_are_remembered_per_question(tmp_path: Path) -> None:
     answers = iter([{"a": 1}, {"a": 2}])
     path = tmp_path / "answer.json"
     for question, expected in (({"grid": (1, 2)}, 1), ({"grid": (1, 2)}, 1), ({"grid": (1, 3)}, 2)):
@@ -307,7 +307,7 @@ def test_an_interrupted_training_goes_on(finished: Path, tmp_path: Path, monkeyp
         (["--smoke", "--output", "{new}", "--seeds"], "--seeds needs at least one seed"),
     ],
 )
-def test_one_line_says_what_is_wrong(
+def test_errors_are_one_line(
     arguments: list[str], message: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = {"missing": tmp_path / "missing", "finished": finished, "new": tmp_path / "new"}

@@ -78,7 +78,7 @@ def test_a_library_per_set_of_instructions(wheels: Path, installed: Any) -> None
     assert "Root-Is-Purelib: false" in metadata.read_text()
 
 
-def test_the_platform_is_true(installed: Any) -> None:
+def test_needs_only_the_libraries_of_the_platform_tag(installed: Any) -> None:
     """manylinux_2_17: glibc 2.17, and the libstdc++ of GCC 4.8. torch brings OpenMP."""
     for file in (installed.folder / FOLDER).glob("*.so"):
         about = run("readelf", "--wide", "--dynamic", "--version-info", "--dyn-syms", file, cwd=installed.folder)

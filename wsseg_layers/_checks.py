@@ -16,7 +16,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_real(name: str, value: float) -> None:
     """Refuse anything but a number that float32 can hold."""
     if type(value) is float and -FLOAT32_MAX <= value <= FLOAT32_MAX:
-        return  # what follows takes some microseconds
+        return  # the checks below take some microseconds
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     # A large integer does not fit a float, and NumPy's float16 compares correctly only as a Python float.
@@ -73,7 +73,7 @@ def check_count(name: str, value: int, minimum: int) -> None:
 def check_dilations(dilations: Sequence[int]) -> tuple[int, ...]:
     """Return the dilations as a tuple of positive integers, at least one."""
     if type(dilations) is tuple and dilations and all(type(d) is int and 0 < d <= INT32_MAX for d in dilations):
-        return dilations  # as PAMR and PAR pass them: what follows takes 10 us
+        return dilations  # PAMR and PAR pass a checked tuple; the checks below take 10 us
     if isinstance(dilations, (str, bytes)) or not isinstance(dilations, Sequence):
         raise TypeError(f"dilations must be a sequence of integers, got {dilations!r}")
     if not dilations:
@@ -129,7 +129,7 @@ def check_same_batch(*named: tuple[str, Tensor]) -> None:
 
 
 def check_multiple_batch(named: tuple[str, Tensor], named_other: tuple[str, Tensor]) -> None:
-    """Refuse a tensor whose batch size is no multiple of that of another, both given as pairs (name, tensor)."""
+    """Refuse a tensor whose batch size is not a multiple of the other's; both are given as pairs (name, tensor)."""
     (name, tensor), (other_name, other) = named, named_other
     if tensor.shape[0] == other.shape[0]:
         return

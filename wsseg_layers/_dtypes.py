@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# Determined here, because old versions of torch.compile cannot trace the question.
+# Computed at import, because old versions of torch.compile cannot trace `is_autocast_available`.
 AUTOCAST_DEVICES = frozenset(
     device_type
     for device_type in ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "xla", "xpu")
@@ -13,11 +13,11 @@ AUTOCAST_DEVICES = frozenset(
 
 def common_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype that the dtypes of all inputs are promoted to."""
-    first, *others = (tensor.dtype for tensor in tensors)
-    for dtype in others:
-        if dtype != first:
-            first = torch.promote_types(first, dtype)
-    return first
+    dtype, *others = (tensor.dtype for tensor in tensors)
+    for other in others:
+        if other != dtype:
+            dtype = torch.promote_types(dtype, other)
+    return dtype
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
@@ -27,7 +27,7 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in a dtype. `Tensor.to` does the same, and takes a microsecond when there is nothing to do."""
+    """Return a tensor in a dtype. `Tensor.to` does the same, but takes a microsecond even if there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 

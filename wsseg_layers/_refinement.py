@@ -1,4 +1,4 @@
-"""What the two mask refinements, PAMR and PAR, have in common."""
+"""The code that PAMR and PAR share: checks, the choice of channels, views, and the base class of both."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -28,7 +28,7 @@ RESIZES, ABSENTS = get_args(Resize), get_args(Absent)  # not in the functions: o
 def check_settings(
     num_iter: int, dilations: Sequence[int], resize: str, backend: str, affinity_dtype: torch.dtype
 ) -> tuple[int, ...]:
-    """Check the arguments that both modules are constructed with; return the dilations as a tuple."""
+    """Check the constructor arguments of both modules; return the dilations as a tuple."""
     check_count("num_iter", num_iter, minimum=0)
     check_choice("resize", resize, RESIZES)
     check_backend(backend)
@@ -67,7 +67,7 @@ class Packed(NamedTuple):
     """The channels of masks that are refined.
 
     Attributes:
-        masks: [B, M, H, W], the chosen channels of every image first; all masks as they are if no classes are chosen.
+        masks: [B, M, H, W], the chosen channels of every image first, or all masks if no classes are given.
         counts: int64 [B], the number of chosen channels per image, or None.
         channels: int64 [B, M], the channel of the masks that each packed channel comes from, or None.
     """
@@ -78,7 +78,7 @@ class Packed(NamedTuple):
 
 
 def pack_classes(named_mask: tuple[str, Tensor], classes: Tensor | None, image: Tensor, absent: Absent) -> Packed:
-    """Choose channels of masks [B * V, C, h, w], given as a pair (name, tensor), and resize these to the image.
+    """Choose channels of masks [B * V, C, h, w], given as a pair (name, tensor), and resize them to the image.
 
     Args:
         named_mask: the name of the masks, and the masks.
@@ -145,7 +145,7 @@ def present_first(classes: Tensor, max_classes: int | None = None) -> tuple[Tens
 
 
 def reads_values(tensor: Tensor) -> bool:
-    """Return whether Python may look at values: those of a CPU, in eager mode, of a batch that is not empty."""
+    """Return whether Python may read the values of a tensor: it is on a CPU, not empty, and the call is not traced."""
     return tensor.device.type == "cpu" and tensor.numel() > 0 and not hides_values(tensor)
 
 

@@ -60,7 +60,7 @@ def multi_scale_cam(
             without `flip`. Two kinds of CAMs may be concatenated as channels.
         images: images, [B, K, H, W].
         scales: factors of the height and width of the images, positive.
-        flip: also look at mirrored images.
+        flip: also use mirrored images.
 
     Returns:
         CAMs, [B, C, H, W], in [0, 1], without a gradient.

@@ -1,4 +1,4 @@
-"""Dense CRF: aligns class probabilities with the image, over its whole area.
+"""Dense CRF: makes class probabilities of pixels agree where position and colour are similar, over the whole image.
 
 Krähenbühl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", NIPS 2011.
 https://arxiv.org/abs/1210.5644
@@ -45,20 +45,20 @@ def dense_crf(
     The result is differentiable once with respect to `scores`. No gradient flows to the image.
 
     Args:
-        image: image, [B, 3, H, W], floating-point. `bilateral_sigma_rgb` has its units: the default is for values in 0
-            to 255.
-        scores: class probabilities or logits, [B, C, H, W]. Probabilities need no sum of 1.
+        image: image, [B, 3, H, W], floating-point. `bilateral_sigma_rgb` is in the units of its values: the default is
+            for 0 to 255.
+        scores: class probabilities or logits, [B, C, H, W]. Probabilities need not sum to 1.
         num_iter: number of steps; 0 returns the normalised input.
         gaussian_sigma_xy: standard deviation of the first kernel, in pixels.
         gaussian_weight: weight of the first kernel; 0 leaves it out.
         bilateral_sigma_xy: standard deviation of the position in the second kernel, in pixels.
         bilateral_sigma_rgb: standard deviation of the colour in the second kernel.
         bilateral_weight: weight of the second kernel; 0 leaves it out.
-        inputs: "probabilities" or "logits", what `scores` are.
-        floor: less probable classes count as this, so that none is impossible. Logits have no floor.
+        inputs: the kind of `scores`: "probabilities" or "logits".
+        floor: lower bound of the probabilities, so that no class is impossible. Logits have no floor.
         backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.bilateral_filter`.
-        classes: bool, [B, C], the classes that compete, such as those in an image-level label and the background. The
-            others are 0 in the result.
+        classes: bool, [B, C], the classes to use, such as those in an image-level label and the background. The others
+            are 0 in the result.
 
     Returns:
         Marginals, [B, C, H, W], in the dtype of `scores`. They sum to 1 over the classes.
@@ -90,7 +90,8 @@ def dense_crf(
     index, _ = present_first(classes)
     packed = take_channels(scores, index)  # [B, M, H, W]
     present = classes.gather(1, index)[:, :, None, None]
-    # Where no class is present, all are: their marginals are not used.
+    # If an image has no present class, no class is excluded, because a softmax over none is NaN. `masked_fill` below
+    # sets its marginals to 0.
     excluded = ~present & present.any(dim=1, keepdim=True)
     logits = (packed if inputs == "logits" else _log(packed, floor)).masked_fill(excluded, -float("inf"))
     marginals = mean_field(logits, image, num_iter, *numbers, backend).masked_fill(~present, 0)
@@ -98,13 +99,13 @@ def dense_crf(
 
 
 def _log(probabilities: Tensor, floor: float) -> Tensor:
-    """Return the logarithm, in at least float32: half precision has no room for a small floor."""
+    """Return the logarithm, in at least float32: a small floor would be 0 in half precision."""
     real = probabilities.double() if probabilities.dtype.itemsize == 8 else probabilities.float()
     return real.clamp(min=floor).log()
 
 
 def check_floor(floor: float) -> None:
-    """Refuse a floor that is no probability."""
+    """Refuse a floor that is not a probability between 0 and 1."""
     check_positive("floor", floor)
     if floor >= 1:
         raise ValueError(f"floor must be below 1, got {floor}")
@@ -120,8 +121,8 @@ class DenseCRF(nn.Module):
         bilateral_sigma_xy: standard deviation of the position in the kernel of position and colour, in pixels.
         bilateral_sigma_rgb: standard deviation of the colour, in the units of the image.
         bilateral_weight: its weight; 0 leaves it out.
-        inputs: "probabilities" or "logits", what the module is called with.
-        floor: less probable classes count as this.
+        inputs: the kind of scores: "probabilities" or "logits".
+        floor: lower bound of the probabilities.
         backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.bilateral_filter`.
 
     Example:
@@ -182,7 +183,7 @@ class DenseCRF(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Return what `print(module)` shows."""
+        """Return the arguments for `print(module)`."""
         return (
             f"num_iter={self.num_iter}, gaussian_sigma_xy={self.gaussian_sigma_xy},"
             f" gaussian_weight={self.gaussian_weight}, bilateral_sigma_xy={self.bilateral_sigma_xy},"

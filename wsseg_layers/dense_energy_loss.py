@@ -23,8 +23,8 @@ from .kernels.operators import check_backend
 
 IGNORED = 255  # the label of pixels whose class is unknown
 
-# The filter of the published extension is scaled so that a vertex of its lattice weighs 1. A Gaussian of the same
-# integral, as `bilateral_filter` has it, is larger.
+# The filter of the published extension is scaled so that a vertex of its lattice has the weight 1. `bilateral_filter`
+# uses the Gaussian of the same integral, which is larger.
 EXTENSION_SCALE = 2**6 / (1 + 2**-5) / ((4 * math.pi / 3) ** 2.5 * math.sqrt(6))
 
 
@@ -45,12 +45,11 @@ def dense_energy_loss(
     colour of `bilateral_filter`, not normalised. The gate g is 1 where a pixel is not labelled. Elsewhere it is the ROI
     minus the largest probability, at least 0: the more certain the prediction of a labelled pixel, the less it counts.
 
-    Value and gradient are those of the published code, on a CPU to rounding. The gradient is
-    :math:`-2 s g_i \sum_j k_{ij} S_{c,j} / B`: the gate is a constant. The factor s = 0.7055 is the scale of the filter
-    in that code.
+    On a CPU, value and gradient follow the published code. The gradient is :math:`-2 s g_i \sum_j k_{ij} S_{c,j} / B`:
+    the gate is a constant. The factor s = 0.7055 is the scale of the filter in that code.
 
     Args:
-        images: images, [B, 3, H, W], floating-point. `sigma_rgb` has their units, usually 0 to 255.
+        images: images, [B, 3, H, W], floating-point. `sigma_rgb` is in the units of their values, usually 0 to 255.
         segmentations: class probabilities, [B, C, H, W].
         rois: region of interest, [B, H, W], floating-point: 1 inside, 0 outside.
         unlabelled: bool, [B, H, W]: pixels without a label.
@@ -91,7 +90,7 @@ def dense_energy_loss(
     constant = probabilities.detach()
     sums = bilateral_filter(constant, images.detach(), sigma_xy, sigma_rgb, backend=backend)
     similar = EXTENSION_SCALE * gate[:, None] * sums
-    # The value of S * similar with twice its gradient: S is also in the sums.
+    # This has the value of S * similar but twice its gradient, because S is also in the sums, which are constants here.
     energy = ((2 * probabilities - constant) * similar).sum()
     return -energy / max(1, len(images))
 
@@ -200,7 +199,7 @@ class DenseEnergyLoss(nn.Module):
         return F.interpolate(maps, scale_factor=self.scale_factor, recompute_scale_factor=True)
 
     def extra_repr(self) -> str:
-        """Return what `print(module)` shows."""
+        """Return the arguments for `print(module)`."""
         return (
             f"weight={self.weight}, sigma_rgb={self.sigma_rgb}, sigma_xy={self.sigma_xy},"
             f" scale_factor={self.scale_factor}, backend={self.backend!r}"

@@ -1,4 +1,4 @@
-"""The layers as functions, and the operators that they consist of."""
+"""All layers as functions, and the operators that they call."""
 
 from .cams import multi_scale_cam, normalise_cam
 from .dense_crf import dense_crf

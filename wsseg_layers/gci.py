@@ -79,7 +79,7 @@ class GCI(nn.Module):
         -> ReLU -> 1x1 convolution -> BatchNorm -> ReLU.
     `norm="instance"` is eq. 11 as printed:
         deep -> 1x1 convolution to 2C channels -> maximum over space -> (z, b);
-        shallow -> 1x1 convolution to C channels, only if it has another number -> eq. 11 -> 1x1 convolution.
+        shallow -> 1x1 convolution to C channels (none if it has C channels) -> eq. 11 -> 1x1 convolution.
 
     Only the maximum of the deep features over space is used, so they may have any height and width.
 
@@ -164,7 +164,7 @@ class GCI(nn.Module):
         return self.project(torch.relu(features * (gamma + 1) + beta))  # eq. 11, z = gamma + 1 and batch statistics
 
     def extra_repr(self) -> str:
-        """Return what `print(module)` shows."""
+        """Return the arguments for `print(module)`."""
         return (
             f"in_channels={self.in_channels}, shallow_channels={self.shallow_channels},"
             f" out_channels={self.out_channels}, norm={self.norm!r}"

@@ -21,7 +21,8 @@ def ngwp_pool(scores: Tensor, masks: Tensor, eps: float = 1.0) -> Tensor:
         scores: pixel scores y of the foreground classes, [B, C, h, w].
         masks: masks m of the foreground classes in [0, 1], [B, C, h, w]: the softmax over background and classes,
             without the background channel.
-        eps: epsilon, positive; 1 in the paper (see appendix B.1). Moves the score of a class with a small mask to zero.
+        eps: epsilon, positive; 1 in the paper (see appendix B.1). It moves the score of a class with a small mask
+            towards zero.
 
     Returns:
         Class scores [B, C], in the common dtype of the inputs; under autocast at least in float32.
@@ -63,7 +64,7 @@ class nGWPPool(nn.Module):  # noqa: N801 - the paper's spelling
     """Normalised global weighted pooling: the module of `ngwp_pool` (eq. 3).
 
     Args:
-        eps: epsilon; 1 in the paper. Moves the score of a class with a small mask to zero.
+        eps: epsilon; 1 in the paper. It moves the score of a class with a small mask towards zero.
 
     Example:
         >>> import torch
@@ -84,5 +85,5 @@ class nGWPPool(nn.Module):  # noqa: N801 - the paper's spelling
         return ngwp_pool(scores, masks, self.eps)
 
     def extra_repr(self) -> str:
-        """Return what `print(module)` shows."""
+        """Return the arguments for `print(module)`."""
         return f"eps={self.eps}"

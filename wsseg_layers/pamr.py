@@ -46,7 +46,7 @@ def pamr(
 
     .. math:: k(I_i, I_n) = - \frac{|I_i - I_n|}{10^{-8} + 0.1 \, \sigma_i}
 
-    sigma is the unbiased standard deviation of the neighbours and of the pixel itself, which counts once per dilation.
+    sigma is the unbiased standard deviation over the neighbours and the pixel itself, which counts once per dilation.
     This is the variant "pamr", the authors' published code. The variant "paper" divides by sigma squared, as eq. 8 is
     printed. "pamr" does not change when a channel of the image is scaled or shifted, so the image needs no particular
     normalisation.
@@ -69,7 +69,7 @@ def pamr(
             relative error of at most 2^-11, and weights below 6e-8 become 0.
         classes: bool, [B, C], the channels to refine, such as the classes in an image-level label and the background.
             The others cost no iterations.
-        absent: what the result holds in channels that are not in `classes`: "zero", or "keep" for the given masks.
+        absent: the result in channels that are not in `classes`: "zero", or "keep" for the given masks.
 
     Returns:
         Refined masks, [B, C, H, W], or [B, C, h, w] with `resize="image"`, in the dtype of `mask`.
@@ -171,11 +171,11 @@ class PAMR(StatelessRefinement):
         return pamr_propagate(mask, affinity, self.dilations, self.num_iter, self.backend, counts)
 
     def sum_of_weights(self) -> float:
-        """Return what the weights of a pixel sum to."""
+        """Return the sum of the weights of a pixel."""
         return 1 + check_variant(self.variant).position_weight
 
     def extra_repr(self) -> str:
-        """Return what `print(module)` shows."""
+        """Return the arguments for `print(module)`."""
         return (
             f"num_iter={self.num_iter}, dilations={self.dilations}, variant={self.variant!r},"
             f" resize={self.resize!r}, backend={self.backend!r}, affinity_dtype={self.affinity_dtype}"

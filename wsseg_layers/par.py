@@ -71,7 +71,7 @@ def par(
             relative error of at most 2^-11, and weights below 6e-8 become 0.
         classes: bool, [B, C], the channels to refine, such as the classes in an image-level label and the background.
             The others cost no iterations.
-        absent: what the result holds in channels that are not in `classes`: "zero", or "keep" for the given masks.
+        absent: the result in channels that are not in `classes`: "zero", or "keep" for the given masks.
 
     Returns:
         Refined masks, [B, C, H, W], or [B, C, h, w] with `resize="image"`, in the dtype of `masks`.
@@ -184,11 +184,11 @@ class PAR(StatelessRefinement):
         return pamr_propagate(masks, affinity, self.dilations, self.num_iter, self.backend, counts)
 
     def sum_of_weights(self) -> float:
-        """Return what the weights of a pixel sum to."""
+        """Return the sum of the weights of a pixel."""
         return 1 if self.renormalise else 1 + self.w2
 
     def extra_repr(self) -> str:
-        """Return what `print(module)` shows."""
+        """Return the arguments for `print(module)`."""
         return (
             f"dilations={self.dilations}, num_iter={self.num_iter}, renormalise={self.renormalise},"
             f" resize={self.resize!r}, backend={self.backend!r}, w1={self.w1}, w2={self.w2}, guard={self.guard},"

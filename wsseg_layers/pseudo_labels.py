@@ -36,12 +36,12 @@ from .par import PAR
 
 IGNORE_INDEX = 255
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-ROUNDING = 1e-6  # of the sum of float32 maps, per iteration of a refinement
+ROUNDING = 1e-6  # relative rounding error of the sum of float32 maps, per iteration of a refinement
 
 
 @dataclass(frozen=True)
 class PowerBackground:
-    """A background score that is computed from the CAMs: (1 - m)^power, m being the highest CAM of the image's classes.
+    """A background score computed from the CAMs: (1 - m)^power, where m is the highest CAM of the image's classes.
 
     The CAMs must be in [0, 1]. The larger the power, the lower the score.
 
@@ -143,7 +143,7 @@ def refine_pseudo_labels(
     3. With `softmax`, the softmax over these few channels is taken.
     4. `refine` refines them. One affinity per image serves all views and both background scores.
     5. The result is resized to the images, and the highest channel gives the label.
-    6. With two background scores, (high, low), steps 2 to 5 are done for both. A pixel that is a class with the high
+    6. With two background scores, (high, low), steps 2 to 5 are done for both. A pixel that has a class with the high
        score keeps this class. A pixel that is background with both scores is background. All others are ignored.
 
     Classes that are absent cost nothing and never appear. All resizing is bilinear. Where two channels are equal, the
@@ -153,21 +153,22 @@ def refine_pseudo_labels(
         images: images as `refine` takes them, [B, K, H, W].
         cams: CAMs or masks, [B, C, h, w], or several views of them, [B, V, C, h, w], of any size.
         labels: image-level labels, [B, C]; a class is present where its value is not 0. The background has no label.
-        refine: a `PAMR` or `PAR`, of which the argument `resize` plays no part, or None for no refinement.
+        refine: a `PAMR` or `PAR`, or None for no refinement. Its argument `resize` has no effect.
         background: score or pair (high, low). A score is a number, a tensor [B] (one per image) or [B, 1, h, w] (one
-            per pixel, of any size), or a `PowerBackground`. None: the first channel of `cams`, which has C + 1
-            channels then, is the background.
+            per pixel, of any size), or a `PowerBackground`. With None, `cams` has C + 1 channels, and the first one is
+            the background.
         softmax: take the softmax over background and present classes before the refinement.
         down_scale: divisor of the height and width in which maps are refined, rounded down.
         boxes: integers, [B, 4]: top, bottom, left and right of the valid pixels of an image. All pixels outside are
             ignored.
-        crop: crop images and CAMs to `boxes` before they are refined, so that nothing outside plays a part. Images are
-            refined one by one then, `boxes` must be on the CPU, and the call does not compile with `fullgraph=True`.
+        crop: crop images and CAMs to `boxes` before they are refined, so that pixels outside have no effect. Images are
+            then refined one by one, `boxes` must be on the CPU, and the call does not compile with `fullgraph=True`.
         align_corners: `align_corners` of the resizing in step 1 of the CAMs and of a background score per pixel. It is
             False in all other resizing.
         ignore_index: label of ignored pixels.
-        max_classes: upper bound on the classes of an image. On a GPU and under `torch.compile`, time and memory grow
-            with it; by default it is C there. A CPU in eager mode needs none. An image with more classes is an error.
+        max_classes: upper bound on the number of classes of an image; an image with more is an error. On a GPU and
+            under `torch.compile`, the default is C, and time and memory grow with it. A CPU in eager mode does not need
+            it.
 
     Returns:
         Labels, int64, [B, H, W], or [B, V, H, W] for V views: 0 for background, 1 + c for class c, or `ignore_index`.
@@ -221,7 +222,7 @@ def _labels_and_maps(
     ignore_index: int,
     max_classes: int | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what `PseudoLabels.labels_and_maps` returns; None for the maps unless `with_maps`."""
+    """Return the labels and maps of `PseudoLabels.labels_and_maps`; the maps are None unless `with_maps`."""
     check_maps("images", images)
     check_pixels("images", images)
     views = _check_cams(cams, labels, background_first=background is None)
@@ -237,18 +238,18 @@ def _labels_and_maps(
     inside = _check_boxes(boxes, ("images", images), crop)
     index, counts = _present(labels, max_classes)
     classes = _take(views, index + 1 if background is None else index)  # [B, M, V, h, w]
-    compiled = _compiled(refine, counts, images, views)
+    label_backend = _label_backend(refine, counts, images, views)
     steps = partial(
         _refine,
         refine=refine,
         softmax=softmax,
         down_scale=down_scale,
         align_corners=align_corners,
-        resize_images=_resize if compiled is None else compiled.resize,
-        resize_cams=_resize if compiled is None or align_corners or with_maps else compiled.resize,
+        resize_images=_resize if label_backend is None else label_backend.resize,
+        resize_cams=_resize if label_backend is None or align_corners or with_maps else label_backend.resize,
         exact=with_maps,
     )
-    choose = partial(_choose, num_scores=len(scores), ignore_index=ignore_index, compiled=compiled)
+    choose = partial(_choose, num_scores=len(scores), ignore_index=ignore_index, label_backend=label_backend)
     num_classes = labels.shape[1] if with_maps else None
     if boxes is None or not crop or len(images) == 0:
         chosen, soft = _refine_and_choose(images, classes, scores, index, counts, steps, choose, num_classes)
@@ -351,7 +352,7 @@ class PseudoLabels(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Return what `print(module)` shows."""
+        """Return the arguments for `print(module)`."""
         return (
             f"background={self.background}, softmax={self.softmax}, down_scale={self.down_scale}, crop={self.crop},"
             f" align_corners={self.align_corners}, ignore_index={self.ignore_index}, max_classes={self.max_classes}"
@@ -371,8 +372,8 @@ def threshold_pseudo_labels(
     """Keep the confident pixels of the background and of the classes that are present in the image.
 
     A class claims the pixels above `foreground` times its maximum over the image, the background those above
-    `background` times its maximum, and none claims a pixel that is not above `floor`. Pixels that none or several claim
-    are ignored.
+    `background` times its maximum. No threshold is below `floor`. Pixels that are claimed by none or by several are
+    ignored.
 
     Args:
         masks: refined masks in [0, 1], background first, [B, C + 1, h, w].
@@ -380,8 +381,8 @@ def threshold_pseudo_labels(
         foreground: fraction of the maximum of a class, at least 0.
         background: fraction of the maximum of the background, at least 0.
         floor: lower bound of all thresholds, at least 0.
-        discard: when all pixels of an image are ignored: "classes", if a class of its labels is left without a pixel
-            (the paper); "all", if a class or the background is (the published code); "none", never.
+        discard: when to ignore a whole image: "classes", if a class of its labels has no pixel (the paper); "all", if a
+            class or the background has no pixel (the published code); "none", never.
         ignore_index: label of ignored pixels.
         max_classes: upper bound on the classes of an image; see `refine_pseudo_labels`.
 
@@ -428,9 +429,9 @@ def threshold_pseudo_labels(
 def merge_labels(high: Tensor, low: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Merge labels that were made with a high and with a low background score.
 
-    A pixel that is a class in `high` keeps this class; one that is background in both is background; others are
-    ignored. A pixel that is ignored in `high` stays so. `refine_pseudo_labels` merges its two results in this way; the
-    function is for two calls, or for two views, whose masks differ.
+    A pixel that has a class in `high` keeps this class. A pixel that is background in both is background. All others
+    are ignored, also those that are ignored in `high`. `refine_pseudo_labels` merges its two results in this way; call
+    this function to merge the labels of two calls or of two views.
 
     Args:
         high: labels made with the high background score, [B, H, W] or of any other shape.
@@ -492,7 +493,7 @@ def _in_box(
     box: Sequence[int],
     ignore_index: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """Do what `_refine_and_choose` does for one image, cropped to a box (top, bottom, left, right)."""
+    """Apply `_refine_and_choose` to one image, cropped to a box (top, bottom, left, right)."""
     top, bottom, left, right = box
     size = image.shape[2:]
     padding = (left, size[1] - right, top, size[0] - bottom)
@@ -551,9 +552,9 @@ def _refine(
     affinity = refine.affinity(images if images.shape[2:] == size else resize_images(images.detach(), size))
     if exact or not softmax or affinity.dtype != torch.float32:
         return refine.propagate(maps.flatten(1, 2), affinity, (1 + counts) * maps.shape[2]).view(maps.shape)
-    # The channels of a pixel sum to 1, and every iteration multiplies their sum by that of the weights: the background
-    # is what the classes leave. It is raised by more than what rounding may take, so that it still wins where all are
-    # equal.
+    # The channels of a pixel sum to 1, and every iteration multiplies this sum by the sum of the weights. The
+    # background is therefore the total minus the classes. It is raised by more than the rounding error, so that it
+    # still wins where all channels are equal.
     total = (1 + ROUNDING * (1 + refine.num_iter)) * refine.sum_of_weights() ** refine.num_iter
     refined = refine.propagate(maps[:, 1:].flatten(1, 2), affinity, counts * maps.shape[2]).view(maps[:, 1:].shape)
     return torch.cat([total - refined.sum(dim=1, keepdim=True), refined], dim=1)
@@ -566,12 +567,12 @@ def _choose(
     size: Sequence[int],
     num_scores: int,
     ignore_index: int,
-    compiled: LabelBackend | None,
+    label_backend: LabelBackend | None,
 ) -> Tensor:
     """Return labels [B, V, H, W]: the highest channels of maps [B, 1 + M, V * S, h, w], resized to H x W, merged."""
     maps = maps.detach()
-    if compiled is not None:
-        return compiled.choose_labels(maps, index + 1, counts, num_scores, size, ignore_index)
+    if label_backend is not None:
+        return label_backend.choose_labels(maps, index + 1, counts, num_scores, size, ignore_index)
     if reads_values(counts):
         images = enumerate(counts.tolist())
         parts = [_argmax(maps[b : b + 1, : 1 + n], index[b : b + 1] + 1, None, size) for b, n in images]
@@ -581,10 +582,10 @@ def _choose(
     return chosen if num_scores == 1 else merge_labels(chosen[:, ::2], chosen[:, 1::2], ignore_index)
 
 
-def _compiled(refine: PAMR | PAR | None, counts: Tensor, *maps: Tensor) -> LabelBackend | None:
-    """Return the backend of the refinement if it has functions for labels and maps can be passed to it, else None.
+def _label_backend(refine: PAMR | PAR | None, counts: Tensor, *maps: Tensor) -> LabelBackend | None:
+    """Return the backend of the refinement if it has functions for labels that take these maps, else None.
 
-    They can in eager mode and as float32. No gradient is recorded.
+    They take float32 maps, in eager mode and outside of torch.func, and record no gradient.
     """
     if refine is None or not reads_values(counts):
         return None
@@ -610,7 +611,7 @@ def _argmax(maps: Tensor, numbers: Tensor, valid: Tensor | None, size: Sequence[
         better = score > best
         if valid is not None:
             better = better & valid[:, k, None, None, None]
-        # The numbers of present classes increase with k. `torch.where` would do the same, and takes ten times as long.
+        # Numbers increase with k, so the maximum is the latest one. `torch.where` would take ten times as long.
         result = torch.maximum(result, better * numbers[:, k, None, None, None])
         best = torch.maximum(best, score)
     return result
@@ -799,7 +800,7 @@ def _check_range(ignore_index: int, dtype: torch.dtype) -> None:
 
 
 def _check_ignore_index(ignore_index: int, labels: Tensor) -> None:
-    """Refuse anything but an integer of 64 bits that is no label of a class or of the background."""
+    """Refuse an index that is not an integer of 64 bits, or is the label of a class or of the background."""
     _check_range(ignore_index, torch.int64)
     if 0 <= ignore_index <= labels.shape[1]:
         raise ValueError(

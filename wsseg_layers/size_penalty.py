@@ -79,7 +79,7 @@ class FocalSizePenalty(nn.Module):
         return focal_size_penalty(masks, self.p, self.lam)
 
     def extra_repr(self) -> str:
-        """Return what `print(module)` shows."""
+        """Return the arguments for `print(module)`."""
         return f"p={self.p}, lam={self.lam}"
 
 

@@ -16,7 +16,7 @@ MODES = get_args(Mode)
 
 
 def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3, training: bool = True) -> Tensor:
-    r"""Mix deep and shallow features, at random (eq. 9) or by their weighted sum (eq. 10).
+    r"""Mix deep and shallow features, at random (eq. 9) or as a weighted sum (eq. 10).
 
     In training, with :math:`r \sim \mathrm{Bern}(\psi)` drawn per element,
 
@@ -103,7 +103,7 @@ class StochasticGate(nn.Module):
         return stochastic_gate(deep, shallow, self.mixing_rate, self.training and self.mode == "stochastic")
 
     def extra_repr(self) -> str:
-        """Return what `print(module)` shows."""
+        """Return the arguments for `print(module)`."""
         return f"mixing_rate={self.mixing_rate}, mode={self.mode!r}"
 
 

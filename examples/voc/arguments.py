@@ -32,7 +32,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Settings:
 def resumed_settings(resume: Path) -> Settings:
     """Return the settings of the run in a folder, or of the run to which a checkpoint belongs."""
     if not resume.exists():
-        raise ValueError(f"--resume: no run to go on with: looked for {resume}")
+        raise ValueError(f"--resume: no run to resume: looked for {resume}")
     folder = resume if resume.is_dir() else resume.parent
     try:
         return replace(run_settings(folder), output=folder, resume=resume)

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without executing code."""
+"""Checkpoints. Writing is atomic, and reading executes no code from the file."""
 
 import os
 from collections.abc import Mapping, Sequence

@@ -8,7 +8,7 @@ from wsseg_layers import DenseCRF
 
 @torch.no_grad()
 def crf_marginals(image: Tensor, masks: Tensor, classes: Tensor) -> Tensor:
-    """Return class probabilities in which pixels that are close together and similar in colour agree.
+    """Refine class probabilities so that they agree for pixels that are close together and similar in colour.
 
     The CRF sees the masks of the given classes, divided by their sum. It runs on the CPU, whose time is linear in the
     number of pixels; exact sums on a GPU would take minutes for a large photograph.

@@ -1,4 +1,4 @@
-"""The losses: those of the paper (appendix B), the published code's segmentation loss, and that of given masks."""
+"""The losses of the paper (appendix B), the segmentation loss of the published code, and the loss with given masks."""
 
 import torch.nn.functional as F
 from torch import Tensor

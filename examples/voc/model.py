@@ -72,7 +72,7 @@ class SingleStageNet(nn.Module):
         size_penalty: add the focal size penalty (eq. 5) to the class scores.
         penalty_power: p of eq. 5.
         penalty_lambda: lambda of eq. 5.
-        skip_stride8: fuse the backbone's features of stride 8 with the deep features too, beside those of conv3.
+        skip_stride8: also fuse the backbone's features of stride 8 with the deep features, not only those of conv3.
     """
 
     def __init__(

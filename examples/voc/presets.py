@@ -20,7 +20,7 @@ PHOTOGRAPHS = replace(
     output=Path("runs/photographs"),
 )
 
-# Chosen on another drawing of the data (--seed 1): with so few steps, a high learning rate that decays is best.
+# Chosen on toy data drawn with another seed (--seed 1). With so few steps, a high learning rate that decays is best.
 TOY = replace(
     PHOTOGRAPHS,
     channels=64,
@@ -37,7 +37,7 @@ TOY = replace(
 
 PRESETS = {"toy": TOY, "photographs": PHOTOGRAPHS, "paper": PAPER}
 
-# From appendix F and the authors' configuration files, whose numbers and loss made the paper's tables.
+# From appendix F and the authors' configuration files, whose numbers and loss produced the paper's tables.
 PAPER_BACKBONES: dict[str, dict[str, Any]] = {
     "wide_resnet38": {"epochs": 24},
     "vgg16": {"epochs": 32, "background_power": 1.0},

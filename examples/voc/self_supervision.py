@@ -14,7 +14,7 @@ from .settings import Settings
 
 @torch.no_grad()
 def labels_from_masks(image: Tensor, masks: Tensor, labels: Tensor, settings: Settings) -> Tensor:
-    """Refine masks by PAMR or a dense CRF and keep their confident pixels, as the loss of the settings uses them.
+    """Refine masks by PAMR or a dense CRF and return their confident pixels, at the size that `settings.loss` needs.
 
     Args:
         image: [B, 3, H, W] in [0, 1].

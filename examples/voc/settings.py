@@ -65,7 +65,7 @@ class Settings:
     """Folder for checkpoints, table, plot, overlays and TensorBoard's files."""
 
     resume: Path | None = None
-    """Go on with the run in this folder, or from one of its checkpoints. The run's settings become the defaults; other
+    """Resume the run in this folder, or from one of its checkpoints. The run's settings become the defaults; other
     arguments override them."""
 
     keep_checkpoints: bool = False
@@ -88,7 +88,7 @@ class Settings:
     """Width of ASPP and decoder (256 in the paper)."""
 
     skip_stride8: bool = False
-    """Fuse features of stride 8 with the deep features too, beside those of stride 4; for EfficientNet-Lite only."""
+    """Also fuse features of stride 8, not only of stride 4, with the deep features; for EfficientNet-Lite only."""
 
     model: Literal["single_stage", "cam"] = "single_stage"
     """The paper's network, or the CAM-GAP baseline alone."""
@@ -102,11 +102,11 @@ class Settings:
     loss: Literal["paper", "published"] = "paper"
     """Segmentation loss: `paper` is eq. 21-23, with pseudo labels at mask size. `published` is that of the authors'
     code: pseudo labels and cross-entropy at crop size, images counted only if the background has a pseudo label too,
-    and the plain mean over images. The preset `paper` uses `published`, because it made the paper's figures."""
+    and the plain mean over images. The preset `paper` uses `published`, because it produced the paper's figures."""
 
     energy_loss: float = 0.0
     """Weight of the dense energy loss (Tang et al., ECCV 2018) of the masks at crop size, in the epochs with
-    self-supervision; 0 leaves it out (the paper). AFA has 0.01, ToCo 0.05; the arguments of the loss are theirs."""
+    self-supervision; 0 leaves it out (the paper). AFA uses 0.01, ToCo 0.05; the other arguments are theirs."""
 
     mixing_rate: float = 0.3
     """Psi of the stochastic gate, eq. 9 (0.3 in the paper); 0 trains without the gate."""
@@ -127,14 +127,14 @@ class Settings:
     """p of the focal size penalty, eq. 5 (Table 1a)."""
 
     penalty_lambda: float = 0.01
-    """Lambda of the focal size penalty, eq. 5 (Table 1a). An empty mask costs log(lambda): the smaller lambda, the
-    stronger the penalty."""
+    """Lambda of the focal size penalty, eq. 5 (Table 1a). The penalty of an empty mask is log(lambda): the smaller
+    lambda, the stronger the penalty."""
 
     epochs: int = 20
     """Passes over the training images (20 in the paper)."""
 
     classification_epochs: int = 5
-    """The first epochs, which have no segmentation loss (5 in the paper)."""
+    """Number of epochs at the start without segmentation loss (5 in the paper)."""
 
     batch_size: int = 16
     """Images per step, over all processes (16 in the paper)."""
@@ -149,18 +149,18 @@ class Settings:
     """Side of the training crops in pixels (321 in the paper)."""
 
     classification_crop_size: int | None = None
-    """Side of the crops in the first epochs, see --classification-epochs. Small crops make these epochs fast. Default:
+    """Side of the training crops in the epochs of --classification-epochs. Small crops make these epochs fast. Default:
     that of --crop-size."""
 
     lr: float = 1e-3
-    """Learning rate of the backbone; new weights learn 10 times, new biases 20 times as fast."""
+    """Learning rate of the backbone. The rate of new weights is 10 times, that of new biases 20 times as large."""
 
     baseline_lr: float | None = None
     """Learning rate of the CAM-GAP baseline's backbone. Default: that of --lr."""
 
     lr_decay: float = 0.0
-    """Power of the learning rate's decay: in every step the rates are (1 - steps done / all steps) ** power times those
-    of the start. 0 keeps them (the paper); 0.9 is usual for segmentation."""
+    """Power of the decay of the learning rates: each step multiplies the initial rates by (1 - steps done / all steps)
+    ** power. 0 keeps them (the paper); 0.9 is usual for segmentation."""
 
     ema_decay: float = 0.0
     """Decay of the moving average of the weights, below 1: evaluation and inference use the average. 0 uses the weights
@@ -170,7 +170,7 @@ class Settings:
     """Weight decay of all weights; biases have none."""
 
     pseudo_labels: Literal["pamr", "crf"] = "pamr"
-    """What refines the masks of which pseudo labels are made: PAMR (the paper), or a dense CRF at crop size."""
+    """Refinement of the masks before they become pseudo labels: PAMR (the paper), or a dense CRF at crop size."""
 
     pamr_iterations: int = 10
     """Iterations of PAMR (10 in the paper); 0 trains on unrefined masks."""
@@ -191,8 +191,8 @@ class Settings:
     """At test time, the power to which the background's mask is raised."""
 
     refine: Refinement = "crf"
-    """Add columns of refined masks to the table of results, and the refined masks to the pictures: `infer_voc.py` makes
-    the same. `none` leaves them out."""
+    """Add columns of refined masks to the table of results, and the refined masks to the pictures.
+    `infer_voc.py --refine` refines in the same way. `none` leaves them out."""
 
     table_classes: tuple[str, ...] = ()
     """Classes of the printed table and its mean; `background` may be one. Default: all."""
@@ -201,8 +201,8 @@ class Settings:
     """Also train the CAM-GAP baseline: same backbone, data, augmentation, optimiser and epochs."""
 
     checkpoint: Literal["last", "best"] = "last"
-    """Weights for the results: of the last epoch, or of the one with the lowest loss on the test images (among the
-    epochs with self-supervision), as the authors choose. The loss needs image-level labels, no masks."""
+    """Weights for the results: of the last epoch, or of the epoch with the lowest loss on the test images (among the
+    epochs with self-supervision), as in the authors' code. The loss needs image-level labels, no masks."""
 
     curve_images: int = 50
     """Number of test images for the curve of mean IoU over epochs, and of training images with masks for the IoU of the

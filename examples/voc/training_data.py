@@ -13,7 +13,7 @@ from .settings import Settings
 class TrainingData(NamedTuple):
     """Training images with labels or masks, test images with masks, and some training images with masks.
 
-    The masks of the latter are not trained on: pseudo labels are compared with them.
+    The masks of `train_with_masks` are not used for training: pseudo labels are compared with them.
     """
 
     train: VOCDataset

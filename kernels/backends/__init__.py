@@ -1,6 +1,7 @@
-"""The backends: one folder each, listed here from the fastest to the one that runs everywhere.
+"""The backends: one folder each. The table lists them from the fastest to the one that runs everywhere.
 
-A backend is anything with the functions of `Backend`. To add one, add its folder and its line in `BACKENDS`.
+A backend is a module or an object with the functions of `Backend`. To add one, add its folder and its line in
+`BACKENDS`.
 """
 
 import functools
@@ -23,7 +24,7 @@ BackendName = Literal["auto", "triton", "cpp", "eager"]
 
 
 class Backend(Protocol):
-    """What the operators need from a backend. B, K, C, H, W are at least 1, and `num_iter` is at least 1."""
+    """The functions that every backend has. B, K, C, H, W and `num_iter` are at least 1."""
 
     def unavailable(self, device: torch.device) -> str | None:
         """Return why the backend does not run on a device, or None if it does."""
@@ -59,20 +60,21 @@ class Backend(Protocol):
 
 
 class FilterBackend(Protocol):
-    """What a backend may have beside the functions of `Backend`: Gaussian filters and the mean field of a dense CRF.
+    """Optional functions of a backend: Gaussian filters and the mean field of a dense CRF.
 
-    A backend without `make_filter` uses those of the eager backend. `like` and `logits` are float32 or float64.
+    For a backend without `make_filter`, those of the eager backend are used. `like` and `logits` are float32 or
+    float64.
     """
 
     def make_filter(self, image: Tensor | None, like: Tensor, gaussian: Gaussian, normalise: bool) -> Filter:
         """Return the filter of a Gaussian for values [B, C, H, W] like `like`, used for any number of calls.
 
         `image` is [B, 3, H, W], or None for weights of position alone. With `normalise`, weights are divided by
-        sqrt(n_i n_j), n being their sums.
+        sqrt(n_i n_j), where n_i is the sum of the weights of pixel i.
         """
 
     def mean_field(self, logits: Tensor, filters: Sequence[tuple[float, Filter]], num_iter: int) -> Tensor:
-        """Return the marginals [B, C, H, W] after `num_iter` steps, given the weights of the filters with these."""
+        """Return the marginals [B, C, H, W] after `num_iter` steps; `filters` are pairs of a weight and a filter."""
 
     def mean_field_gradient(
         self, grad: Tensor, logits: Tensor, filters: Sequence[tuple[float, Filter]], num_iter: int
@@ -81,7 +83,7 @@ class FilterBackend(Protocol):
 
 
 class LabelBackend(Protocol):
-    """What a backend may have beside the functions of `Backend`: the steps around a refinement of pseudo labels."""
+    """Optional functions of a backend: the steps around a refinement of pseudo labels."""
 
     def resize(self, maps: Tensor, size: Sequence[int]) -> Tensor:
         """Resize float32 maps [..., h, w] bilinearly, with `align_corners=False`."""
@@ -92,7 +94,7 @@ class LabelBackend(Protocol):
         """Return the labels [B, V, H, W] of the highest channels of float32 maps [B, 1 + M, V * S, h, w], resized.
 
         `numbers` [B, M] are the labels of the classes, `counts` [B] the number of classes of every image. With S = 2
-        background scores, (high, low), a pixel that is background with the first one only gets `ignore_index`.
+        background scores, (high, low), a pixel that is background with the high one only gets `ignore_index`.
         """
 
 
@@ -161,11 +163,11 @@ def find_label_backend(name: str, device: torch.device) -> LabelBackend | None:
 
 
 def find_decomposition(name: str) -> ModuleType | None:
-    """Return the functions that an exporter is to trace instead of the operators, or None where it takes these.
+    """Return the functions that an exporter traces in place of the operators, or None if it uses the operators.
 
     ONNX has no registered operators, and gets plain PyTorch operations. `torch.export` gets them on demand.
     """
-    # Who exports to ONNX has imported torch.onnx. Everyone else would wait for that import in the first call.
+    # An export to ONNX has imported torch.onnx already. All other callers would wait for that import in the first call.
     to_onnx = "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
     if name == "auto" and to_onnx:
         return decomposition

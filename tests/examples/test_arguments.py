@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from train_voc import main, networks, parse_arguments
+from train_voc import main, parse_arguments, settings_per_network
 from voc.presets import PAPER, PRESETS
 from voc.settings import Settings
 
@@ -21,10 +21,10 @@ from voc.settings import Settings
         (["--data", "{root}", "--weights", "/no/such/file"], "weights not found: /no/such/file"),
         (["--data", "{root}", "--accumulate", "3"], "--batch-size must be divisible by processes x --accumulate"),
         (["--data", "{root}", "--precision", "fp16", "--device", "cpu"], "--precision fp16 needs a CUDA device"),
-        (["--resume", "/no/such/run"], "--resume: no run to go on with: looked for /no/such/run"),
+        (["--resume", "/no/such/run"], "--resume: no run to resume: looked for /no/such/run"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_exit_code_2(
+def test_errors_are_one_line_with_exit_code_2(
     arguments: list[str], message: str, toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [argument.format(root=toy_root) for argument in arguments]
@@ -61,8 +61,8 @@ def test_wrong_arguments_exit_with_code_2(
 
 def test_presets() -> None:
     assert parse_arguments([]) == PRESETS["toy"]
-    assert [one.lr for one in networks(PRESETS["toy"])] == [PRESETS["toy"].baseline_lr, PRESETS["toy"].lr]
-    assert [one.lr for one in networks(PRESETS["photographs"])] == 2 * [PRESETS["photographs"].lr]
+    assert [one.lr for one in settings_per_network(PRESETS["toy"])] == [PRESETS["toy"].baseline_lr, PRESETS["toy"].lr]
+    assert [one.lr for one in settings_per_network(PRESETS["photographs"])] == 2 * [PRESETS["photographs"].lr]
     assert parse_arguments(["--data", "x"]).crop_size == PRESETS["photographs"].crop_size
     assert parse_arguments(["--preset", "paper", "--data=x", "--epochs", "3"]).crop_size == 321
     paper = PRESETS["paper"]

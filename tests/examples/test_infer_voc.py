@@ -227,7 +227,7 @@ def test_too_little_memory_for_the_refinement(
     assert {path.name for path in (tmp_path / "masks").iterdir()} == {"a.png", "c.png"}
 
 
-def test_long_and_thin(trained: Path, images: Path, tmp_path: Path) -> None:
+def test_images_of_one_row_or_column(trained: Path, images: Path, tmp_path: Path) -> None:
     Image.new("RGB", (500, 1), (90, 20, 200)).save(images / "wide.png")
     Image.new("RGB", (1, 500), (90, 20, 200)).save(images / "high.png")
     assert infer(trained, images, tmp_path / "out", "--max-pixels", "300", "--scales", "0.5", "1") == 0
@@ -325,7 +325,7 @@ def test_names_do_not_clash(
     assert len(written(tmp_path / "out")) == 3
 
 
-def test_nothing_done(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_image_segmented(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.jpg").write_text("this is no picture")
     assert infer(trained, tmp_path / "text.jpg", tmp_path / "out", "--scores") == 2
     assert skipped_lines(capsys)[0].startswith(f"infer_voc.py: skipped {tmp_path}/text.jpg: ")
@@ -446,7 +446,7 @@ def test_crf(trained: Path, images: Path, tmp_path: Path) -> None:
         (["--released", "{trained}", "--backbone", "vgg16", "{images}"], "the checkpoint does not fit the model"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_exit_code_2(
+def test_errors_are_one_line_with_exit_code_2(
     arguments: list[str],
     message: str,
     checkpoint: Callable[[str], Path],

@@ -201,7 +201,7 @@ def weights() -> dict[str, Tensor]:
         (lambda w: w.update({"last_conv.8.bias": torch.zeros(3)}), r"decoder.4.bias has shape \[3\], expected \[20\]"),
     ],
 )
-def test_every_key_is_accounted_for(weights, change, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_missing_and_unknown_keys_are_errors(weights, change, message: str) -> None:  # type: ignore[no-untyped-def]
     changed = dict(weights)
     change(changed)
     with pytest.raises(WeightsError, match=message):

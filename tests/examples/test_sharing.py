@@ -159,7 +159,7 @@ def test_an_image_of_another_process_is_left_to_it(
         ("damage", 1),
     ],
 )
-def test_what_is_segmented_again(
+def test_number_of_images_segmented_again(
     change: list[str] | str,
     count: int,
     trained: Path,

@@ -20,7 +20,7 @@ def imports(path: Path) -> Iterator[str]:
                 yield next((part for part in name[:1] if part and (ROOT / part).is_dir()), "")
 
 
-def test_no_circle_between_packages() -> None:
+def test_no_circular_imports_between_packages() -> None:
     graph: dict[str, set[str]] = {}
     for path in ROOT.rglob("*.py"):
         package = "".join(path.relative_to(ROOT).parts[:-1])

@@ -118,7 +118,7 @@ def test_an_interrupted_run_goes_on(
     train_step = train_voc.train_step
     monkeypatch.setattr(train_voc, "train_step", interrupted_step)
     assert main([*QUICK, "--data", str(toy_root), "--output", str(tmp_path), "--no-baseline"]) == 130
-    assert f"after step 2; go on with: python examples/train_voc.py --resume {tmp_path}" in capsys.readouterr().err
+    assert f"after step 2; resume with: python examples/train_voc.py --resume {tmp_path}" in capsys.readouterr().err
     assert main(["--resume", str(tmp_path)]) == 130
     assert "stopped in epoch 2 after step 2" in capsys.readouterr().err
     assert main(["--resume", str(tmp_path)]) == 0
@@ -321,7 +321,9 @@ def test_a_signal_outside_of_an_epoch_ends_in_one_line(
     with monkeypatch.context() as patch:
         patch.setattr(train_voc, "evaluate", interrupted)
         assert main(arguments) == 130
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("stopped; go on with: python examples/train_voc")
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1].startswith("stopped; resume with: python examples/train_voc")
+    )
     with monkeypatch.context() as patch:
         patch.setattr(train_voc, "build_model", lambda *_: signal.raise_signal(signal.SIGINT))
         assert main(arguments) == 130
@@ -329,7 +331,7 @@ def test_a_signal_outside_of_an_epoch_ends_in_one_line(
     assert signal.getsignal(number) is before
 
 
-def test_a_full_disk_is_said_in_one_line(
+def test_a_full_disk_is_reported_in_one_line(
     toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
@@ -396,7 +398,7 @@ def test_a_truncated_image_is_named_in_one_line(
     assert error.startswith(f"train_voc.py: error: cannot read image {image}: ")
 
 
-def test_a_worker_that_dies_is_said_in_one_line(
+def test_a_dead_worker_is_reported_in_one_line(
     toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(AugmentedDataset, "__getitem__", lambda *_: os._exit(3))

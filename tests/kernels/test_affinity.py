@@ -98,7 +98,7 @@ def test_small_weights_are_as_small_as_they_should_be(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_one_pixel_unlike_many_weighs_nothing(backend: BackendName, variant: VariantName) -> None:
+def test_a_single_different_pixel_gets_almost_no_weight(backend: BackendName, variant: VariantName) -> None:
     image, dilations = torch.zeros(1, 1, 11, 13), list(range(1, 25))  # exponents down to -147 and far below
     image[..., 5, 6] = 1
     expected = torch.from_numpy(reference.pamr_affinity(exact(image), dilations, variant))
@@ -121,7 +121,7 @@ def test_neighbours_that_equal_each_other_but_not_the_pixel(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_each_neighbour_may_be_the_only_one_alike(backend: BackendName, variant: VariantName) -> None:
+def test_image_of_two_nearly_equal_values(backend: BackendName, variant: VariantName) -> None:
     image = 1e-4 * (torch.rand(1, 1, 30, 40) > 0.5).float()  # where eq. 8 has exponents of -10,000
     expected = reference.pamr_affinity(exact(image), [1], variant)
     actual = pamr_affinity(image, [1], variant, backend)
@@ -145,7 +145,7 @@ def test_sums_to_one(
 
 
 @given(map_shapes(), dilation_lists, st.sampled_from(["pamr", "par"]), backends, seeds)
-def test_does_not_change_when_the_image_is_scaled_and_shifted(
+def test_invariant_to_scale_and_shift_of_the_image(
     shape: tuple[int, ...], dilations: list[int], variant: VariantName, backend: BackendName, seed: int
 ) -> None:
     image = uniform(shape, torch.float64, "contiguous", seed).mul(256).floor()  # exact after scaling and shifting
@@ -207,7 +207,9 @@ def test_a_device_without_float64_computes_in_float32(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_what_is_not_finite_makes_a_neighbourhood_nan(backend: BackendName, variant: VariantName, value: float) -> None:
+def test_values_that_are_not_finite_make_the_neighbourhood_nan(
+    backend: BackendName, variant: VariantName, value: float
+) -> None:
     image = torch.rand(1, 3, 9, 9)
     image[0, 1, 4, 4] = value
     affinity = pamr_affinity(image, [1, 3], variant, backend)

@@ -86,7 +86,7 @@ def test_chunks_of_channels_change_nothing(function: Propagate, monkeypatch: pyt
 def test_groups_of_channels_change_nothing(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mask, affinity = torch.rand(1, 21, 6, 37), pamr_affinity(torch.rand(1, 3, 6, 37), [1, 2])
     expected = cpp.propagate(mask, affinity, [1, 2], 3)
-    monkeypatch.setattr(cpp, "_group", lambda: group)
+    monkeypatch.setattr(cpp, "_channels_per_group", lambda: group)
     assert torch.equal(cpp.propagate(mask, affinity, [1, 2], 3), expected)
 
 
@@ -120,7 +120,9 @@ def test_reads_every_half_precision_weight(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("mask_dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("function", [cpp.propagate, cpp.propagate_transposed])
-def test_weights_are_widened_as_they_are_read(function: Propagate, mask_dtype: torch.dtype, dtype: torch.dtype) -> None:
+def test_half_precision_weights_are_converted_when_read(
+    function: Propagate, mask_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
     mask, affinity = torch.rand(2, 3, 5, 19, dtype=mask_dtype), torch.rand(2, 16, 5, 19).to(dtype)
     expected = function(mask, affinity.to(mask_dtype), [1, 2], 2)
     assert torch.equal(function(mask, affinity, [1, 2], 2), expected)
@@ -168,7 +170,7 @@ def _threads() -> Iterator[None]:
 @needs_compiler
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("shape", [(1, 21, 145, 37), (3, 21, 45, 37), (7, 5, 45, 37)])
-def test_any_number_of_threads_gives_the_same(shape: tuple[int, ...]) -> None:
+def test_result_is_the_same_for_any_number_of_threads(shape: tuple[int, ...]) -> None:
     image, mask, results = torch.rand(shape[0], 3, *shape[2:]), torch.rand(shape), []
     counts = torch.randint(shape[1] + 1, shape[:1])
     for threads in (1, 2, 5):

@@ -155,7 +155,7 @@ def test_a_relative_cache_is_ignored(cache: Path, tmp_path: Path, monkeypatch: p
 
 @needs_compiler
 @pytest.mark.usefixtures("cache")
-def test_a_relative_home_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_home_disables_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "relative")
     monkeypatch.chdir(tmp_path)
@@ -165,7 +165,7 @@ def test_a_relative_home_keeps_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @needs_compiler
-def test_compiles_where_nothing_can_be_kept(cache: Path) -> None:
+def test_compiles_without_a_writable_cache(cache: Path) -> None:
     cache.parent.write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match=AGAIN):
         assert computes(library.load())
@@ -192,7 +192,7 @@ def test_loads_nothing_from_the_folder_of_temporary_files(tmp_path: Path, monkey
 
 
 @needs_compiler
-def test_compiles_elsewhere_if_the_cache_is_full(cache: Path, tmp_path: Path) -> None:
+def test_full_cache_compiles_in_a_temporary_folder(cache: Path, tmp_path: Path) -> None:
     compiler(tmp_path, f'case "$*" in *{cache}*) echo "No space left on device" >&2; exit 1; esac')
     with pytest.warns(UserWarning, match=f"(?s){AGAIN}.*No space left on device"):
         assert computes(library.load())
@@ -306,7 +306,7 @@ def test_a_compiler_that_fails_is_reported_once(monkeypatch: pytest.MonkeyPatch)
         ("darwin", "c++", "runs on Linux only"),
     ],
 )
-def test_says_why_there_is_none(platform: str, compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reason_for_no_library(platform: str, compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setenv("CXX", compiler)
     assert library.load() is None

@@ -96,7 +96,7 @@ def test_lattice_is_near_the_exact_sum(with_image: bool) -> None:
 
 @needs_compiler
 @pytest.mark.usefixtures("_threads")
-def test_any_number_of_threads_gives_the_same() -> None:
+def test_result_is_the_same_for_any_number_of_threads() -> None:
     # Large enough for several bands of pixels and for parallel blurs.
     image, values = photograph(1, 260, 270), photograph(1, 260, 270, channels=5)
     sums, marginals = [], []
@@ -169,7 +169,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @needs_compiler
-def test_an_object_serves_many_calls() -> None:
+def test_one_filter_for_many_calls() -> None:
     image, values = torch.rand(2, 3, 9, 8), torch.rand(2, 4, 9, 8)
     made = lattice.make_filter(image, values, Gaussian(2.9, 0.4), True)
     for channels in (4, 2, 1):

@@ -88,7 +88,7 @@ IMAGE, MASK, AFFINITY = torch.rand(2, 3, 5, 6), torch.rand(2, 4, 5, 6), torch.ra
         (ValueError, "backend must be one of 'auto', 'triton', 'cpp', 'eager', got 'cuda'", {"backend": "cuda"}),
     ],
 )
-def test_affinity_says_what_is_wrong(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+def test_errors_of_affinity(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         pamr_affinity(**{"image": IMAGE, "dilations": [1, 2], **arguments})
 
@@ -113,7 +113,7 @@ def test_affinity_says_what_is_wrong(error: type[Exception], message: str, argum
         (ValueError, "backend must be one of 'auto', 'triton', 'cpp', 'eager', got None", {"backend": None}),
     ],
 )
-def test_propagate_says_what_is_wrong(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+def test_errors_of_propagate(error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         pamr_propagate(**{"mask": MASK, "affinity": AFFINITY, "dilations": [1, 2], "num_iter": 1, **arguments})
 

@@ -291,7 +291,7 @@ def test_one_affinity_serves_several_masks_of_an_image(backend: BackendName) -> 
         (torch.tensor([1, 1], device="meta"), ValueError, r"mask and counts must be on one device"),
     ],
 )
-def test_says_what_is_wrong_with_counts(counts: Any, error: type[Exception], message: str) -> None:
+def test_errors_of_counts(counts: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         pamr_propagate(torch.rand(2, 3, 5, 6), torch.rand(2, 8, 5, 6), [1], 1, counts=counts)
     with pytest.raises(ValueError, match="counts must hold one number per image"):

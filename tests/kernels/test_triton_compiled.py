@@ -140,7 +140,7 @@ def compiles_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], i
         kernel.device_caches.pop(CompilingDriver.DEVICE, None)
 
 
-def test_one_compilation_serves_all_sizes(compiles_only: Callable[[Any], int]) -> None:
+def test_one_compilation_for_all_sizes(compiles_only: Callable[[Any], int]) -> None:
     # Of 1 and of multiples of 16 Triton makes constants by default.
     for shape in ((2, 21, 9, 7), (1, 21, 1, 1), (1, 22, 16, 32), (3, 60, 30, 2)):
         mask, image = torch.rand(shape), torch.rand(shape[0], 3, *shape[2:])

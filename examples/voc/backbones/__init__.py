@@ -1,4 +1,4 @@
-"""Backbones: image in; `conv3` (stride 4, for the skip and the shallow features) and `conv6` (deepest) out."""
+"""Backbones: from an image to `conv3` (stride 4, for the skip and the shallow features) and `conv6` (deepest)."""
 
 from pathlib import Path
 

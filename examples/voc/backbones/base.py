@@ -55,7 +55,7 @@ class Backbone(nn.Module, ABC):
 
 
 def normalise(image: Tensor, backbone: Backbone) -> Tensor:
-    """Bring an image [B, 3, H, W] in [0, 1] to the statistics with which the backbone was trained.
+    """Normalise an image [B, 3, H, W] in [0, 1] as in the pre-training of the backbone.
 
     The result is channels-last: convolutions are then up to twice as fast, on a CPU too.
     """
@@ -75,7 +75,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def unwrap_state_dict(content: Any, source: str) -> dict[str, Tensor]:
-    """Return the state_dict in what a checkpoint file holds."""
+    """Return the state_dict in the content of a checkpoint file."""
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
         inner = [content[key] for key in ("model", "state_dict", "model_state", "net") if key in content]
         if not inner:

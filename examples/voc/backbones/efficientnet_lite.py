@@ -50,7 +50,7 @@ MAX_STRIDE = 16  # further strides become dilations
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with TensorFlow's "SAME" padding: for stride 2 and an even side, one pixel more at the end."""
+    """Convolution with TensorFlow's "SAME" padding: with stride 2 and an even side, the end has one more pixel."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Pad so that the output side is ceil(side / stride), then convolve."""
@@ -110,9 +110,9 @@ class EfficientNetLite(Backbone):
     package: ClassVar[str]
     """The package with the ImageNet weights."""
     package_class: ClassVar[str]
-    """The class of the package that knows the path of the file."""
+    """The class of the package that returns the path of the file."""
     install: ClassVar[str]
-    """What pip is to install where the package is missing."""
+    """The argument of `pip install` that installs the package."""
     mean = (127 / 255, 127 / 255, 127 / 255)
     std = (128 / 255, 128 / 255, 128 / 255)
     conv3_channels = 24
@@ -132,7 +132,7 @@ class EfficientNetLite(Backbone):
                 stride = stage_stride if repeat == 0 else 1
                 block_dilation = dilation
                 if stride > 1 and current_stride == MAX_STRIDE:
-                    # The convolution whose stride is removed keeps its dilation; the layers after it are dilated.
+                    # A convolution that loses its stride keeps its dilation; the dilation of the layers after it grows.
                     stride, dilation = 1, dilation * stride
                 current_stride *= stride
                 last_blocks[current_stride] = len(blocks)

@@ -1,4 +1,4 @@
-"""The error of everything that reads a data set."""
+"""The error for all problems with a data set."""
 
 
 class DataError(ValueError):

@@ -74,7 +74,7 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
 
 
 def read_mask_upright(path: Path, image_path: Path) -> NDArray[np.uint8]:
-    """Read a mask and turn it as `read_image` turns its image: masks lie on the pixels as stored."""
+    """Read a mask, which is stored on the pixel grid of its image file, and turn it as `read_image` turns the image."""
     mask = read_mask(path)
     with Image.open(image_path) as image:
         turn = turn_upright(image)

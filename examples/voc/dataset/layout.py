@@ -47,7 +47,7 @@ def read_classes(root: Path) -> tuple[str, ...]:
 
 
 def class_indices(names: Sequence[str], classes: Sequence[str], source: str) -> list[int]:
-    """Return the indices of class names in `classes`; an error names the `source` of an unknown one."""
+    """Return the indices of class names in `classes`; the error about an unknown name begins with `source`."""
     unknown = [name for name in names if name not in classes]
     if unknown:
         raise DataError(f"{source}: unknown class {unknown[0]!r}; known: {', '.join(classes)}")
@@ -68,7 +68,7 @@ def read_split(root: Path, *split_names: str) -> tuple[str, ...]:
 
 
 def read_names(path: Path, source: str) -> tuple[str, ...]:
-    """Return the image names in a list; an error about a name that stands there twice begins with `source`."""
+    """Return the image names in a list; `source` names the list in the error about a duplicate name."""
     names = tuple(image_name(line.split()[0]) for line in read_lines(path))
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -96,7 +96,7 @@ def sbd_names(path: Path) -> tuple[str, ...]:
 def write_augmented_set(found: AugmentedSet, images: Mapping[str, Path], output: Path) -> None:
     """Write the enlarged training set to `output`: a new folder, or the root of VOC itself.
 
-    The new list is written last, so that a list on the disk means that all its masks are there.
+    The new list is written last: if it exists, all its masks exist too.
     """
     voc_masks, sbd_masks = found.voc_masks(), found.sbd_masks()
     masks, lists = output / "SegmentationClassAug", output / SPLIT_FOLDER
@@ -115,7 +115,7 @@ def write_augmented_set(found: AugmentedSet, images: Mapping[str, Path], output:
 
 def convert_masks(jobs: Mapping[Path, tuple[Path, Path]]) -> None:
     """Convert .mat files to PNGs: the keys are the .mat files, the values an image and the PNG to write."""
-    # In a separate process, because SciPy's reader crashes on some damaged files instead of raising an error.
+    # This runs in a separate process, because SciPy's reader crashes on some damaged files instead of raising an error.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         for path, (image, png) in tqdm(jobs.items(), "SBD's masks", unit="mask"):
             try:
@@ -156,7 +156,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def link(source: Path, target: Path) -> None:
-    """Link to a file, or copy it where links are not allowed; an existing target is left alone."""
+    """Link to a file, or copy it if links are not allowed. An existing target is kept."""
     if target.exists():
         return
     target.unlink(missing_ok=True)  # a broken link: its file was moved

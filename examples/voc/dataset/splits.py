@@ -1,4 +1,4 @@
-"""A split of a data set in Pascal VOC's layout, all checked before training starts, and its samples."""
+"""A split of a data set in Pascal VOC's layout, checked completely before training starts, and its samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

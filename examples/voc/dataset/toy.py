@@ -1,4 +1,4 @@
-"""A small procedural data set in VOC's folder layout: textured objects on textured ground, drawn from a seed."""
+"""A small procedural data set in VOC's folder layout: textured objects on a textured background, drawn from a seed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +58,7 @@ OBJECTS: dict[str, tuple[Texture, int, float, float]] = {
 def toy_voc(root: Path, num_train: int = 320, num_val: int = 80, seed: int = 0) -> Path:
     """Draw the data set into a folder below `root`, unless it is there already, and return the folder.
 
-    The folder's name holds the arguments of the drawing. It appears whole or not at all.
+    The name of the folder contains the arguments. The folder appears only when it is complete.
     """
     folder = root / f"toy_voc_{num_train}_{num_val}_{seed}"
     if not folder.is_dir():
@@ -86,7 +86,7 @@ def draw_toy_voc(folder: Path, num_train: int, num_val: int, seed: int) -> None:
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return an image [H, W, 3] and its mask [H, W]: one to three objects of different classes, later ones in front."""
+    """Return an image [H, W, 3] and its mask [H, W]: one to three objects of different classes, the last in front."""
     height, width = SIZES[rng.integers(len(SIZES))]
     classes = rng.permutation(len(OBJECTS))[: rng.choice(OBJECTS_PER_IMAGE)] + 1
     while True:
@@ -101,7 +101,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.
 
 
 def draw_ground(rng: np.random.Generator, height: int, width: int) -> Array:
-    """Return a ground [H, W, 3] of muted clouds."""
+    """Return a background image [H, W, 3] of low-contrast clouds."""
     clouds = np.zeros((height, width))
     for cells in (3, 6, 12, 24):
         noise = Image.fromarray(rng.random((cells, cells)).astype(np.float32))

@@ -38,7 +38,7 @@ def confusion_matrix(predicted: Tensor, target: Tensor, num_classes: int) -> Ten
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the average precision per class in percent: the sum over thresholds of recall gained times precision.
+    """Return the average precision per class in percent: the sum over thresholds of precision times the gain in recall.
 
     Args:
         scores: [N, C], of N images.

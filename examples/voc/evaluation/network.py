@@ -52,8 +52,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the single-stage model, or CAM-GAP with a column for every background score.
 
-    With `refine`, every column has a second one of the refined masks, such as "ours + PAR". Each process evaluates its
-    share of the images; the result is that of all images.
+    With `refine`, every column is followed by one for the refined masks, such as "ours + PAR". Each process evaluates
+    its share of the images; the result covers all images.
     """
     model.eval()
     is_cam = isinstance(model, CAMNet)
@@ -81,16 +81,17 @@ def evaluate(
 
 
 def refined_name(column: str, refine: Refinement) -> str:
-    """Return the name of the column with the refined masks of a column."""
+    """Return the name of a column after refinement."""
     return f"{column} + {refine.upper()}"
 
 
 def cam_backgrounds(
     model: Network, dataset: VOCDataset, rows: Sequence[int], settings: Settings, device: torch.device, group: Group
 ) -> tuple[float, ...]:
-    """Return the background scores of CAM-GAP for the table: the authors', and the best on training images.
+    """Return the background scores of CAM-GAP for the table: the authors' score, and the best one on training images.
 
-    `dataset` has the training images with masks; no score is chosen on test images. `rows` are the classes of the mean.
+    `dataset` has the training images with masks, so no score is chosen on test images. `rows` are the classes of the
+    mean.
     """
     authors = CAM_BACKGROUNDS[0]
     if not isinstance(model, CAMNet) or len(dataset) == 0:

@@ -1,4 +1,4 @@
-"""Tables of IoU: Markdown to read, CSV to read back."""
+"""Tables of IoU: as Markdown for people, as CSV for programs."""
 
 import csv
 from collections.abc import Mapping, Sequence

@@ -1,1 +1,1 @@
-"""Files in general: written whole or not at all, read without executing anything."""
+"""Reading and writing files: writing is atomic, and reading executes no code from the file."""

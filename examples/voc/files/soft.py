@@ -10,7 +10,7 @@ from .whole import write_whole
 
 
 class SoftFile(NamedTuple):
-    """Masks [C + 1, H, W], background first; and which of the C classes were kept."""
+    """Masks [C + 1, H, W], background first, and whether each of the C classes was kept."""
 
     masks: NDArray[np.float32]
     kept: NDArray[np.bool_]

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writing: files and folders appear only when they are complete."""
 
 import csv
 import os
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file or folder beside `path`, then rename it to `path`.
+    """Call `write` with a temporary path beside `path`, then rename the file or folder to `path`.
 
-    A reader never sees a part of it at `path`. If `write` fails, what was at `path` before stays there.
+    A reader never sees an incomplete file at `path`. If `write` fails, an earlier file at `path` is kept.
 
     Raises:
         OSError: the disk is full, a folder is missing, or `path` is a folder that is not empty.
@@ -35,7 +35,7 @@ def write_text_whole(path: Path, text: str) -> None:
 
 
 def write_csv_whole(path: Path, lines: Iterable[Sequence[str]]) -> None:
-    """Write the lines of a CSV file. Names of files need not be valid text: such bytes are written as they are."""
+    """Write the lines of a CSV file. Bytes of file names that are not valid UTF-8 are written unchanged."""
 
     def write(partial: Path) -> None:
         with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:

@@ -1,1 +1,1 @@
-"""Inference: from image files to mask files, with a trained network and, if wanted, a refinement of its masks."""
+"""Inference: from image files to mask files, with a trained network and an optional refinement of its masks."""

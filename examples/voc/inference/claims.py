@@ -1,7 +1,7 @@
 """Claims: the exclusive right of a process to write the outputs of an image.
 
-A claim is a locked file. The system releases the lock when its process ends, however it ends, so that a killed process
-leaves no claim behind.
+A claim is a locked file. The operating system releases the lock when the process ends, also if it is killed, so no
+stale claim remains.
 """
 
 import errno
@@ -17,14 +17,14 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems w
 
 
 class Claim:
-    """An open file with a lock; without a file for systems that have no locks."""
+    """An open file with a lock. On systems without locks, there is no file."""
 
     def __init__(self, path: Path | None = None, file: int | None = None) -> None:
         self.path = path
         self.file = file
 
     def release(self) -> None:
-        """Delete the file, then its lock. A second call does nothing."""
+        """Delete the file, then release its lock. A second call does nothing."""
         if self.path is not None and self.file is not None:
             file, self.file = self.file, None
             self.path.unlink(missing_ok=True)

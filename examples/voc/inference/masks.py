@@ -21,9 +21,9 @@ def multi_scale_masks(
         model: a network in eval mode.
         image: one image [3, H, W] in [0, 1].
         scales: factors of the image's sides.
-        flip: use the mirrored image too.
-        pad_to: side of a square in whose centre the network sees every scaled image, with zeros (the mean colour)
-            around it, as the authors' published code does; None does not pad.
+        flip: also use the mirrored image.
+        pad_to: side of a square of zeros (the mean colour). Every scaled image is placed in its centre before it goes
+            through the network, as in the authors' published code. None does not pad.
 
     Returns:
         masks [C + 1, H, W], background first, and the probability of each class [C]: the highest over the scales.
@@ -65,7 +65,7 @@ def cut(masks: Tensor, side: int, size: torch.Size) -> Tensor:
 def segment(masks: Tensor, probabilities: Tensor, min_probability: float = 0.1) -> Tensor:
     """Choose for every pixel the background or one of the classes that are probable enough.
 
-    (To keep the classes of the image-level labels instead, give the labels as probabilities.)
+    To keep the classes of the image-level labels instead, pass the labels as probabilities.
 
     Args:
         masks: [C + 1, H, W], background first.

@@ -1,4 +1,4 @@
-"""The files that inference writes: masks, overlays and probabilities, each written whole or not at all."""
+"""The files that inference writes: masks, overlays and probabilities. Each file is written atomically."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,9 +27,9 @@ class Outputs:
     """The files of every image in one folder: masks/NAME.png, and those of the other folders.
 
     Args:
-        folder: the folder of the folders.
-        kinds: names of the folders: "masks", and perhaps "soft", "overlays" and that of a refinement.
-        values: what the outputs depend on: the network and the arguments.
+        folder: the output folder, which contains one folder per kind of file.
+        kinds: names of these folders: "masks", and optionally "soft", "overlays" and the name of a refinement.
+        values: the values that the outputs depend on: the network and the arguments.
     """
 
     def __init__(self, folder: Path, kinds: Sequence[str], values: Mapping[str, Any]) -> None:
@@ -38,7 +38,7 @@ class Outputs:
         self.values = values
 
     def make_folders(self) -> None:
-        """Make the folders that are not there."""
+        """Create the missing folders."""
         for path in (*self.paths.values(), self.folder / CLAIMS):
             path.mkdir(parents=True, exist_ok=True)
 
@@ -47,7 +47,7 @@ class Outputs:
         return claim_outputs(self.folder, source.name)
 
     def find(self, source: Source) -> Sequence[float] | None:
-        """Return the probabilities of an image whose outputs are there, made from the same image with the same values.
+        """Return the probabilities of an image if its outputs exist and were made from this file with these values.
 
         Otherwise return None.
         """
@@ -57,7 +57,7 @@ class Outputs:
         return record.probabilities if all(self.file(kind, source).is_file() for kind in self.paths) else None
 
     def write(self, source: Source, picture: Picture, soft: SoftMasks, refined: NDArray[np.uint8] | None) -> None:
-        """Write the files of one image. Its mask comes last: a mask on the disk means that the others are there."""
+        """Write the files of one image. The mask is written last: if it exists, the other files exist too."""
         masks = [mask for mask in (choose_classes(soft), refined) if mask is not None]
         record = Record(self.key(source), soft.probabilities.tolist())
         for kind in reversed(self.paths):
@@ -76,7 +76,7 @@ class Outputs:
         return self.paths[kind] / f"{source.name}{SUFFIXES.get(kind, '.png')}"
 
     def key(self, source: Source) -> str:
-        """Return what the record of an image's mask says about its origin."""
+        """Return the key that the record of an image's mask must have."""
         return image_key(self.values, source.path, source.labels)
 
 
@@ -87,7 +87,7 @@ def write_mask(path: Path, picture: Picture, mask: NDArray[np.uint8], text: Mapp
 
 
 def write_overlay(path: Path, picture: Picture, masks: Sequence[NDArray[np.uint8]]) -> None:
-    """Write the masks over the pixels that the network saw, beside each other; wide ones below each other."""
+    """Write the masks over the pixels that the network saw, side by side, or one below the other for wide images."""
     painted = [overlay(picture.tensor(), torch.from_numpy(mask).long()) for mask in masks]  # each [H, W, 3]
     height, width = masks[0].shape
     pixels = np.concatenate(painted, axis=0 if width > height else 1)

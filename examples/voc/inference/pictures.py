@@ -1,4 +1,4 @@
-"""Image files of any kind, read for inference; and the way back from the network's pixels to the stored ones."""
+"""Image files of any kind, read for inference, and the inverse mapping from the network's pixels to the stored ones."""
 
 import warnings
 from pathlib import Path
@@ -27,11 +27,11 @@ Mask = TypeVar("Mask", np.uint8, np.float32)
 
 
 class Picture(NamedTuple):
-    """An image as the network sees it (`pixels` [H, W, 3], upright, perhaps reduced), and its stored size and turn."""
+    """An image as the network sees it (`pixels` [H, W, 3], upright, perhaps reduced), its stored size, and its turn."""
 
     pixels: NDArray[np.uint8]
     stored_size: tuple[int, int]
-    upright: Image.Transpose | None
+    turn: Image.Transpose | None
 
     def tensor(self) -> Tensor:
         """Return the pixels as [3, H, W] in [0, 1]."""
@@ -40,8 +40,8 @@ class Picture(NamedTuple):
     def as_stored(self, mask: NDArray[Mask]) -> NDArray[Mask]:
         """Bring a mask [H, W], of uint8 or float32, to the pixel grid of the stored image."""
         image = Image.fromarray(mask)
-        if self.upright is not None:
-            image = image.transpose(TURN_BACK.get(self.upright, self.upright))
+        if self.turn is not None:
+            image = image.transpose(TURN_BACK.get(self.turn, self.turn))
         if image.size != self.stored_size:
             image = image.resize(self.stored_size, Image.Resampling.NEAREST)
         return np.array(image)
@@ -51,7 +51,8 @@ def read_picture(path: Path, max_pixels: int) -> Picture:
     """Read an image of any size and mode.
 
     It is turned upright by its EXIF orientation, and reduced if it has more than `max_pixels` pixels. Transparency is
-    dropped, as in training. Of 16-bit images the upper 8 bits are used, of several frames the first.
+    dropped, as in training. For 16-bit images, the upper 8 bits are used; for images with several frames, the first
+    frame.
 
     Raises:
         DataError: `path` is not a regular file or not an image, is damaged, or has so many pixels (179 million) that
@@ -64,7 +65,7 @@ def read_picture(path: Path, max_pixels: int) -> Picture:
             warnings.simplefilter("ignore")  # about odd metadata, and about sizes below the limit
             with Image.open(path, formats=FORMATS) as image:
                 image.load()
-                upright = turn_upright(image)
+                turn = turn_upright(image)
                 rgb, size = to_rgb(image), image.size
     except DataError:
         raise
@@ -76,9 +77,9 @@ def read_picture(path: Path, max_pixels: int) -> Picture:
     reduced = reduced_size(size, max_pixels)
     if reduced != size:
         rgb = rgb.resize(reduced, Image.Resampling.BILINEAR)
-    if upright is not None:
-        rgb = rgb.transpose(upright)
-    return Picture(np.array(rgb), size, upright)
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    return Picture(np.array(rgb), size, turn)
 
 
 def reduced_size(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:

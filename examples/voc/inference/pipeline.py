@@ -1,4 +1,4 @@
-"""From image files to mask files. Reading, network, refinement and writing of different images overlap."""
+"""The pipeline from image files to mask files. Reading, network, refinement and writing of different images overlap."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ OUT_OF_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
 
 
 class Outcome(NamedTuple):
-    """What became of an image: the probabilities [C] of its classes if it has a mask, the reason if it was skipped.
+    """The result for one image: the probabilities [C] of its classes if it has a mask, the reason if it was skipped.
 
     An image with the status "elsewhere" is being segmented by another process.
     """
@@ -49,8 +49,8 @@ class Pipeline:
         segmenter: the network.
         max_pixels: a larger image is reduced.
         outputs: the files to write.
-        refine: returns the class indices of a picture after the refinement, None for no refinement.
-        workers: threads that read, and threads that refine and write.
+        refine: a function that returns the class indices of a picture after the refinement, or None for no refinement.
+        workers: number of threads that read, and of threads that refine and write.
     """
 
     def __init__(self, segmenter: Segmenter, max_pixels: int, outputs: Outputs, refine: Refine, workers: int) -> None:
@@ -66,7 +66,7 @@ class Pipeline:
         """Segment the images and report the outcome of each, in their order.
 
         If a step fails, the masks that the network has computed are still written and reported; then the error is
-        raised. `all_sources` are the images of all processes: of two with the same name, the second is skipped.
+        raised. `all_sources` are the images of all processes. If two have the same name, the second is skipped.
         """
         clashes = name_clashes(all_sources)
         readers, writers = ThreadPoolExecutor(self.workers), ThreadPoolExecutor(self.workers)
@@ -81,7 +81,7 @@ class Pipeline:
                 while len(behind) > self.workers or (behind and behind[0][1].done()):  # a bound on memory
                     report(behind[0][0], behind[0][1].result())
                     behind.popleft()
-            for _ in range(len(behind)):
+            while behind:
                 report(behind[0][0], behind[0][1].result())
                 behind.popleft()
         finally:
@@ -120,7 +120,7 @@ class Pipeline:
             raise
 
     def compute(self, source: Source, work: Work | Outcome, writers: ThreadPoolExecutor) -> Future[Outcome]:
-        """Run the network, and let a thread do the rest."""
+        """Run the network, and submit the refinement and writing to a thread."""
         if isinstance(work, Work):
             try:
                 soft = self.segmenter(work.picture, source.labels)

@@ -1,4 +1,4 @@
-"""What a mask file says about its origin, so that a second start skips what is done."""
+"""Records in mask files. A record says how the mask was made, so that a second run skips finished images."""
 
 import hashlib
 import json

@@ -14,7 +14,7 @@ from ..settings import Refinement
 from .pictures import Picture
 from .segmenter import SoftMasks
 
-# Returns the class indices [H, W] of a picture after the refinement, None for no refinement.
+# A function that returns the class indices [H, W] of a picture after the refinement, or None for no refinement.
 Refine = Callable[[Picture, SoftMasks], NDArray[np.uint8] | None]
 
 ITERATIONS = 20  # of PAMR and PAR; 10, the value in training, gives a lower IoU at test time

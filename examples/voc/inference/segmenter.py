@@ -42,7 +42,7 @@ class Segmenter:
         self.pad_to = pad_to
 
     def __call__(self, picture: Picture, labels: frozenset[int] | None = None) -> SoftMasks:
-        """Return the soft masks of a picture. If its labels are given, they are the classes that are kept."""
+        """Return the soft masks of a picture. If labels are given, exactly these classes are kept."""
         image = picture.tensor().to(self.device)
         masks, probabilities = multi_scale_masks(self.model, image, self.settings.scales, self.flip, self.pad_to)
         if not (masks.isfinite().all() and probabilities.isfinite().all()):

@@ -1,4 +1,4 @@
-"""Several processes that segment one folder of images, started by `torchrun`."""
+"""Inference on one folder of images by several processes, started by `torchrun`."""
 
 import datetime
 import os
@@ -11,14 +11,14 @@ from ..train.distribution import ALONE, Group
 
 Value = TypeVar("Value")
 
-PATIENCE = datetime.timedelta(days=7)  # the first process to finish waits for the last
+TIMEOUT = datetime.timedelta(days=7)  # the first process to finish waits for the last
 
 
 def join_group() -> Group:
-    """Join the processes that `torchrun` started; without it, this process is alone."""
+    """Join the group of processes that `torchrun` started. Without `torchrun`, the group is this process alone."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ALONE
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
     return Group(dist.get_rank(), dist.get_world_size())
 
 
@@ -35,7 +35,7 @@ def own_device(name: str) -> str:
 
 
 def gather(value: Value, group: Group) -> list[Value]:
-    """Return the values of all processes, by rank. It waits until all have come here."""
+    """Return the values of all processes, by rank. This waits until all processes have called it."""
     if group.size == 1:
         return [value]
     values: list[Value | None] = [None] * group.size

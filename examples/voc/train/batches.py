@@ -1,4 +1,4 @@
-"""Batches of augmented images that follow from the seed alone, on any number of processes."""
+"""Batches of augmented images. They depend on the seed only, not on the number of processes."""
 
 from collections.abc import Iterator
 
@@ -39,9 +39,9 @@ class AugmentedDataset(Dataset[Sample]):
 class GlobalBatches(Sampler[list[tuple[int, int]]]):
     """The batches of one epoch, of which each process gets its share.
 
-    The order of the images follows from `seed` and `epoch`, the augmentation of an image from `seed`, `epoch` and its
-    index; neither depends on the number of processes. The last images of an epoch, if fewer than a batch, are left
-    out: the BatchNorm statistics of very few images are noise.
+    The order of the images depends on `seed` and `epoch` only, the augmentation of an image on `seed`, `epoch` and its
+    index; neither depends on the number of processes. The last images of an epoch, if fewer than a batch, are left out:
+    the BatchNorm statistics of very few images are noise.
     """
 
     def __init__(

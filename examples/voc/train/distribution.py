@@ -1,4 +1,4 @@
-"""Several processes that compute the same as one: with the same noise, and BatchNorm over the whole batch.
+"""Training on several processes with the result of one: the same noise, and BatchNorm over the whole batch.
 
 Each process holds an equal share of every batch, in the order of its rank.
 """

@@ -2,7 +2,7 @@
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why."""
+    """Training cannot continue; the message says why."""
 
 
 class Interrupted(Exception):  # noqa: N818  # not an error

@@ -18,16 +18,16 @@ from ..model import Output, resize
 from ..self_supervision import labels_from_masks
 from .state import TrainingState
 
-# As AFA and ToCo have it. Their images have values in 0 to 255.
+# The values of AFA and ToCo, for images in 0 to 255.
 ENERGY = DenseEnergyLoss(weight=1e-7, sigma_rgb=15, sigma_xy=100, scale_factor=0.5)
 
 
 def losses_of(state: TrainingState, output: Output, image: Tensor, labels: Tensor, mask: Tensor) -> list[Tensor]:
-    """Return classification, segmentation and energy loss; one that this network or epoch does not have is zero.
+    """Return classification, segmentation and energy loss; a loss that this network or epoch does not use is zero.
 
     Args:
         state: the state of the training.
-        output: what the network computes from the image.
+        output: the output of the network for the image.
         image: [B, 3, H, W] in [0, 1].
         labels: image-level labels [B, C] in {0, 1}.
         mask: masks for `--supervision masks`, [B, H, W].
@@ -54,12 +54,12 @@ def losses_of(state: TrainingState, output: Output, image: Tensor, labels: Tenso
 
 
 def energy_loss(image: Tensor, masks: Tensor, target: Tensor) -> Tensor:
-    """Return the dense energy loss of the masks at the size of the image, all of which is the region of interest.
+    """Return the dense energy loss of the masks at the size of the image; the region of interest is the whole image.
 
     Args:
         image: [B, 3, H, W] in [0, 1].
         masks: [B, C + 1, h, w], background first.
-        target: pseudo labels, [B, h, w] or [B, H, W]. Where there is one, the loss counts less.
+        target: pseudo labels, [B, h, w] or [B, H, W]. Pixels with a pseudo label count less.
     """
     unlabelled = (target == IGNORE)[:, None].float()  # [B, 1, h, w]
     unlabelled = F.interpolate(unlabelled, size=image.shape[-2:], mode="nearest")

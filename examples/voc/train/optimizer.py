@@ -34,10 +34,10 @@ def decay_factor(done: int, total: int, power: float) -> float:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, updates: int) -> None:
-    """Move the averaged weights and BatchNorm statistics towards those of the model: decay * average + rest * model.
+    """Update the averaged weights and BatchNorm statistics: average = decay * average + (1 - decay) * model.
 
-    The decay is (1 + updates) / (10 + updates) at most, where `updates` is the number of earlier ones: the start of the
-    training is forgotten sooner.
+    The decay is at most (1 + updates) / (10 + updates), where `updates` is the number of earlier updates, so that the
+    average forgets the start of the training sooner.
     """
     decay = min(decay, (1 + updates) / (10 + updates))
     current = model.state_dict()

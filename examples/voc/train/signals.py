@@ -35,7 +35,7 @@ class StopRequest:
 
 
 def ignore_interrupts(_worker: int) -> None:
-    """Make a worker process ignore Ctrl-C, so that it works until the main process has saved its state."""
+    """Make a worker process ignore Ctrl-C, so that it runs until the main process has saved its state."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

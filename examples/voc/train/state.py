@@ -23,7 +23,7 @@ class TrainingState:
     """A network in training: `step` steps of `epoch` are done, and `sums` are the sums of their losses."""
 
     def __init__(self, settings: Settings, classes: Sequence[str], accelerator: Accelerator) -> None:
-        """Start from ImageNet weights, or go on from the run that `settings.resume` names."""
+        """Start from ImageNet weights, or resume the run of `settings.resume`."""
         seed_everything(settings.seed)
         self.settings = settings
         self.classes = tuple(classes)
@@ -136,9 +136,10 @@ class TrainingState:
 
 
 def checkpoint_to_resume(settings: Settings) -> Path | None:
-    """Return the checkpoint from which this network goes on, or None. It has been read once, to see that it is whole.
+    """Return the checkpoint that this network resumes from, or None. The file is read once, to check it.
 
-    It is the file that `resume` names, if that is of this network, else the network's last one in the same folder.
+    It is the file `resume` if that is a checkpoint of this network, else the last checkpoint of the network in that
+    folder.
     """
     resume = settings.resume
     if resume is None:

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 # Weights up to this size stay in the last-level cache from one iteration to the next, beside small chunks of channels.
-# Larger ones come from memory every time, and as many channels should share them as the extra memory may hold.
+# Larger ones come from memory in every iteration, so a chunk has as many channels as the extra memory allows.
 CACHED_WEIGHTS_BYTES = 24 * 2**20
 CHUNK_BYTES, CHUNK_BYTES_FROM_MEMORY = 4 * 2**20, 24 * 2**20
 
@@ -39,7 +39,7 @@ GROUP, GROUP_OF_SMALL_CACHE, GROUP_CACHE_BYTES = 12, 6, 48 * 2**10
 # Below this factor of sigma, squares of float32 are not exact enough.
 LEAST_WEIGHT = 0.1
 
-# What propagation.cpp calls the types of the weights that it reads.
+# The numbers of the types of weights in propagation.cpp.
 TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
@@ -66,16 +66,16 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Ten
         *image.shape,
         out.data_ptr(),
         _neighbours(tuple(dilations), *image.shape[2:]),
-        _numbers(tuple(dilations), variant),
+        _variant_struct(tuple(dilations), variant),
         torch.get_num_threads(),
     )
     library.run("affinity_double" if in_double else "affinity_float", task)
 
 
 def _in_double(variant: Variant, dtype: torch.dtype) -> bool:
-    """Return whether float32 would lose digits of the weights of an image of a dtype.
+    """Return whether the weights of an image of this dtype must be computed in float64.
 
-    Divided by sigma, differences that matter are at most some tens: affinity.cpp loses nothing of their squares.
+    Differences that matter are at most some tens after the division by sigma, so float32 is exact enough for squares.
     """
     bounded = variant.sigma_power == 1 and variant.weight >= LEAST_WEIGHT and dtype != torch.float64
     return variant.in_double and not bounded
@@ -86,8 +86,8 @@ def propagate(
 ) -> Tensor:
     """Return the mask [B, C, H, W] after `num_iter` weighted sums over the neighbours: contiguous, in its own dtype.
 
-    Of image b, only the first `counts[b]` channels are propagated; those that follow are zero in the result. `counts`
-    [B] is int64, on the CPU.
+    Only the first `counts[b]` channels of image b are propagated; the others are zero in the result. `counts` [B] is
+    int64, on the CPU.
     """
     return _propagate(mask, affinity, dilations, num_iter, counts, transposed=False)
 
@@ -103,7 +103,7 @@ def _propagate(
     mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int, counts: Tensor | None, transposed: bool
 ) -> Tensor:
     dtype = torch.promote_types(mask.dtype, torch.float32)
-    rows = affinity.transpose(1, 2).contiguous().resolve_neg()  # no copy of what `affinity` above has made
+    rows = affinity.transpose(1, 2).contiguous().resolve_neg()  # no copy if `affinity` above made it
     masks = mask.to(dtype).resolve_neg()
     if counts is None:
         result = masks.new_empty(masks.shape)
@@ -124,7 +124,7 @@ def _propagate(
         num_iter,
         transposed,
         torch.get_num_threads(),
-        _group(),
+        _channels_per_group(),
         chunk_bytes,
     )
     library.run("propagate_double" if dtype == torch.float64 else "propagate_float", task)
@@ -132,8 +132,8 @@ def _propagate(
 
 
 @functools.cache
-def _group() -> int:
-    """Return how many channels are summed together: their neighbours should stay in the first-level cache."""
+def _channels_per_group() -> int:
+    """Return how many channels are summed together, so that their neighbours stay in the first-level cache."""
     return GROUP if _first_level_cache() >= GROUP_CACHE_BYTES else GROUP_OF_SMALL_CACHE
 
 
@@ -146,7 +146,7 @@ def _first_level_cache() -> int:
 
 @functools.lru_cache(maxsize=64)
 def _neighbours(dilations: tuple[int, ...], height: int, width: int) -> library.Neighbours:
-    """Return the neighbours' offsets, no longer than the map: beyond it, all is border."""
+    """Return the neighbours' offsets, limited to the size of the map, because the border is replicated beyond it."""
     offsets = neighbour_offsets(dilations)
     dy = [max(-height, min(y, height)) for y, _ in offsets]
     dx = [max(-width, min(x, width)) for _, x in offsets]
@@ -156,7 +156,7 @@ def _neighbours(dilations: tuple[int, ...], height: int, width: int) -> library.
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers(dilations: tuple[int, ...], variant: Variant) -> library.Variant:
+def _variant_struct(dilations: tuple[int, ...], variant: Variant) -> library.Variant:
     """Return the numbers of a variant, with the position term of every neighbour."""
     position = (ctypes.c_double * (8 * len(dilations)))()
     if variant.position_weight:

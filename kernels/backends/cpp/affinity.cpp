@@ -1,11 +1,12 @@
-// The affinity of PAMR and PAR (eq. 8) on a CPU, [batch][height][neighbours][width]. library.py compiles it, __init__.py
-// calls it. Nothing is allocated here: a caller asks `*_workspace` how many bytes to pass.
+// The affinity of PAMR and PAR (eq. 8) on a CPU, [batch][height][neighbours][width]. library.py compiles it,
+// __init__.py calls it. The code allocates no memory: the caller passes a workspace with the number of bytes that
+// `*_workspace` returns.
 
 #include "tables.h"
 
 #include <cmath>
 
-// The least work of a thread: neighbours of pixels in all channels of an image.
+// Minimum work per thread: number of neighbours over all pixels and channels.
 constexpr int64_t GRAIN = 1 << 15;
 
 // The numbers of a Variant of variants.py; `position` holds every neighbour's position term.
@@ -26,19 +27,19 @@ struct Affinity {
 
 // ---- Affinity, eq. 8: softmax over n of -mean_k (|I_ki - I_kn| / (guard + weight sigma_ki^sigma_power))^power ----
 
-// Pixels are weighed in blocks of this size. Moments and exponents are `Real`, the softmax is float32.
+// Weights are computed for blocks of this many pixels. Moments and exponents are `Real`, the softmax is float32.
 constexpr int BLOCK = 2 * LANES<float>;
 
-// What a thread needs to weigh a block of pixels.
+// The memory that a thread needs for the weights of a block of pixels.
 template <typename Real> struct Scratch {
-    const Real *centre, **rows; // where column 0 of the row and its neighbours is
-    Real (*scales)[BLOCK];      // of every channel, as the next two
+    const Real *centre, **rows; // column 0 of the row, and of every neighbour's row
+    Real (*scales)[BLOCK];      // per channel, like the next two
     Real (*nearest)[BLOCK], (*shifts)[BLOCK];
-    Real (*exponents)[BLOCK]; // of every neighbour, to the base 2
+    Real (*exponents)[BLOCK]; // per neighbour, to the base 2
     float (*weights)[BLOCK];  // of every neighbour
 };
 
-// NaN in `a` gives b.
+// If `a` is NaN, both return b.
 template <typename V> static V smaller(V a, V b) { return a < b ? a : b; }
 template <typename V> static V larger(V a, V b) { return b < a ? a : b; }
 
@@ -50,7 +51,7 @@ template <typename Real> static Vector<Real> square_root(Vector<Real> x)
     return load(lanes);
 }
 
-// 2^x for x <= 0, to a relative 1e-7. NaN stays NaN.
+// 2^x for x <= 0, with a relative error of 1e-7. NaN stays NaN.
 static Vector<float> power_of_2(Vector<float> x)
 {
     typedef int32_t Bits __attribute__((vector_size(REGISTER)));
@@ -64,9 +65,9 @@ static Vector<float> power_of_2(Vector<float> x)
     return (Vector<float>)((Bits)series + ((Bits)shifted << 23)); // the integer is added to the exponent
 }
 
-// Exponents in float32 are exact enough if nothing cancels. With the power 2, s_n = |I_n - I_i| / (...) may be large for
-// all neighbours, and what counts is how far s_n^2 exceeds the smallest one. With m, the value nearest to I_i between
-// the lowest and the highest neighbour, I_n - m has the sign of m - I_i, and
+// Exponents in float32 are exact enough if nothing cancels. With the power 2, s_n = |I_n - I_i| / (...) may be large
+// for all neighbours, but only the excess of s_n^2 over the smallest one matters. With m, the value nearest to I_i
+// between the lowest and the highest neighbour, I_n - m has the sign of m - I_i, and
 //     s_n^2 - s_m^2 = (I_n - m) (I_n - m + 2 (m - I_i)) / (...)^2
 // is a product of sums without cancellation.
 template <int power, typename Real> constexpr bool FACTORED = power == 2 && sizeof(Real) == sizeof(float);
@@ -89,8 +90,9 @@ static void find_scales(const Scratch<Real> &scratch, int64_t k, int64_t x, int6
             total[v] = squares[v] = Vector<Real>{};
             low[v] = high[v] = load(rows[0] + pixel + v * lanes);
         }
-        // Moments about a value in the range of the samples: sigma is 0 where they are equal, and no offset of the image
-        // cancels anything. It is the pixel itself where that counts, else the mean of one dilation.
+        // Moments are taken about a value in the range of the samples, so that sigma is 0 where all samples are equal
+        // and an offset of the image causes no cancellation. The value is the pixel itself if it is a sample, else the
+        // mean of one dilation.
         if (variant.samples <= count)
             for (int v = 0; v < vectors; v++) {
                 Vector<Real> sum = {};
@@ -126,8 +128,8 @@ static void find_scales(const Scratch<Real> &scratch, int64_t k, int64_t x, int6
     }
 }
 
-// Add the exponents of eq. 8 of `channels` channels from k on to those of the channels before. `least` becomes the
-// smallest one of every pixel.
+// Add the exponents of eq. 8 of `channels` channels, from k on, to those of the earlier channels. Set `least` to the
+// smallest exponent of every pixel.
 template <int channels, int power, typename Real>
 static void add_exponents(const Scratch<Real> &scratch, int64_t k, int64_t x, int64_t pitch, Real *least, int64_t count)
 {
@@ -197,7 +199,7 @@ static void weigh(float *out, int64_t out_pitch, const Scratch<Real> &scratch, i
     const Real mean = Real(M_LOG2E) / channels, factor = power == 2 ? std::sqrt(mean) : mean; // exponents to the base 2
     Real least[BLOCK];
     for (int64_t k = 0; k < channels; k++) find_scales<power>(scratch, k, x, pitch, factor, task);
-    for (int64_t k = 0; k < channels; k += 3) // as many as registers hold
+    for (int64_t k = 0; k < channels; k += 3) // 3 channels at a time, as many as registers hold
         switch (channels - k) {
         case 1: add_exponents<1, power>(scratch, k, x, pitch, least, count); break;
         case 2: add_exponents<2, power>(scratch, k, x, pitch, least, count); break;
@@ -219,7 +221,7 @@ template <typename Real> static Scratch<Real> take_scratch(Workspace &workspace,
     return scratch;
 }
 
-// How the workspace is divided: the images as tables, then every thread's scratch.
+// The layout of the workspace: the images as tables, then the scratch memory of every thread.
 template <typename Real> struct AffinityPlan {
     Table table;
     int64_t threads, shared_bytes, scratch_bytes;

@@ -1,9 +1,10 @@
 // Bilinear resizing without aligned corners, and the labels of the highest maps, for pseudo labels on a CPU. library.py
-// compiles it, __init__.py calls it. Nothing is allocated here: a caller asks `*_workspace` how many bytes to pass.
+// compiles it, labels.py calls it. The code allocates no memory: the caller passes a workspace with the number of bytes
+// that `*_workspace` returns.
 
 #include "tables.h"
 
-// Maps that are resized.
+// The arguments of `resize`.
 struct Resize {
     const float *in; // [planes][in_height][in_width], with strides in elements
     int64_t strides[3], planes, in_height, in_width;
@@ -11,24 +12,24 @@ struct Resize {
     int64_t height, width, threads;
 };
 
-// For every pixel of the labels, the highest channel of maps after resizing.
+// The arguments of `choose_labels`, which labels every pixel with the highest channel of the resized maps.
 struct Labels {
     const float *maps; // [batch][channels][views][scores][in_height][in_width]
     int64_t *out;      // [batch][views][height][width]
-    const int64_t *counts, *numbers; // [batch] classes of every image, [batch][channels - 1] and their labels
+    const int64_t *counts, *numbers; // [batch], classes per image; [batch][channels - 1], their labels
     int64_t batch, channels, views, scores, in_height, in_width, height, width, ignore_index, threads;
 };
 
-// The least work of a thread, in pixels.
+// Minimum work per thread, in pixels.
 constexpr int64_t GRAIN = 1 << 16;
 
-// The two samples that a sample lies between, and the weight of the second.
+// The two input samples beside an output sample, and the weight of the second.
 struct Between {
     int64_t first, second;
     float weight;
 };
 
-// The same for all samples along an axis.
+// The same for all output samples along an axis.
 struct Axis {
     int32_t *first, *second;
     float *weight;
@@ -51,7 +52,7 @@ struct Axis {
     Between at(int64_t i) const { return {first[i], second[i], weight[i]}; }
 };
 
-// What is not finite in `b` plays no part where it has no weight.
+// If the weight is 0, `b` has no effect even if it is not finite.
 static float mix(float a, float b, float weight) { return weight == 0 ? a : (1 - weight) * a + weight * b; }
 
 // Rows of one plane, resized to the width of the result. Two are kept, because successive rows share them.
@@ -127,7 +128,7 @@ static void resize_maps(const Resize &task, void *memory)
 
 // ---- Labels ----
 
-// What a thread needs: the rows of every channel of a view, the highest scores of a row so far, and their labels.
+// The memory of a thread: the rows of every channel of a view, the highest scores of a row so far, and their labels.
 struct LabelsScratch {
     Rows *rows;
     float *best;

@@ -26,7 +26,7 @@ def choose_labels(
     Args:
         maps: [B, 1 + M, V * S, h, w], the background and M classes, for V views and S background scores.
         numbers: int64, [B, M], the label of every class; that of the background is 0.
-        counts: int64, [B], how many of the classes an image has, the first ones.
+        counts: int64, [B]: image b has the first `counts[b]` of the classes.
         scores: S, 1 or 2. With 2, (high, low), a pixel keeps its class with the high score. One that is background with
             the high score and a class with the low score is ignored.
         size: H and W.

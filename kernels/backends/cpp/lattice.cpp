@@ -9,8 +9,8 @@
 // parallel, and their rows are summed in the order of the bands. The bands depend on the number of pixels only, so that
 // results do not depend on the number of threads.
 //
-// The wheels run with the C++ runtime library of GCC 4.8. Hence no std::vector, no aligned new and no std::exception_ptr:
-// compiled by a newer GCC, they need a newer one.
+// The wheels run with the C++ runtime library of GCC 4.8. The code therefore uses no std::vector, aligned new or
+// std::exception_ptr: if a newer GCC compiles them, they need its newer library.
 
 #include <cmath>
 #include <cstdint>
@@ -24,11 +24,11 @@ namespace {
 constexpr int BLOCK = 16; // pixels that are located at once
 constexpr int64_t BAND_PIXELS = 1 << 14, MAX_BANDS = 32;
 constexpr int MAX_CHANNELS = 24;                  // of a row of values
-constexpr int64_t PARALLEL_PIXELS = 1 << 12;      // smaller images are not worth waking threads for
-constexpr int64_t PARALLEL_VALUES = 1 << 18;      // on the vertices; blurring fewer is not worth it either
-constexpr float LARGEST_COORDINATE = 1 << 20;     // float32 has less than 3 bits for the place in a simplex beyond it
+constexpr int64_t PARALLEL_PIXELS = 1 << 12;      // smaller images use one thread
+constexpr int64_t PARALLEL_VALUES = 1 << 18;      // on the vertices; blurring fewer uses one thread, too
+constexpr float LARGEST_COORDINATE = 1 << 20;     // beyond it, float32 has less than 3 bits for the place in a simplex
 
-// What a call returns. All but DONE are thrown, and nothing else is.
+// The result of a call. The errors are thrown inside of this file, and no other exceptions are.
 enum Status { DONE = 0, NO_MEMORY = 1, TOO_FINE = 2, TOO_LARGE = 3 };
 
 template <typename Body> Status guarded(const Body &body)
@@ -41,7 +41,7 @@ template <typename Body> Status guarded(const Body &body)
     }
 }
 
-// Call body(i) for every i < count, on several threads if there are any to use. What it throws reaches the caller.
+// Call body(i) for every i < count, on several threads if `threads` allows it. Throw the worst error that `body` threw.
 template <typename Body> void parallel(int64_t count, int64_t threads, const Body &body)
 {
     if (threads <= 1 || count <= 1) {
@@ -57,7 +57,7 @@ template <typename Body> void parallel(int64_t count, int64_t threads, const Bod
     if (worst != DONE) throw Status(worst);
 }
 
-// Call body(first, last) for ranges that together are [0, count).
+// Split [0, count) into ranges and call body(first, last) for each.
 template <typename Body> void parallel_ranges(int64_t count, int64_t threads, const Body &body)
 {
     constexpr int64_t grain = 1024;
@@ -65,7 +65,7 @@ template <typename Body> void parallel_ranges(int64_t count, int64_t threads, co
     parallel(ranges, threads, [&](int64_t i) { body(i * count / ranges, (i + 1) * count / ranges); });
 }
 
-// An array on cache lines. Numbers in it are not initialised.
+// An array aligned to cache lines. Numbers in it are not initialised.
 template <typename T> class Array {
     T *memory = nullptr;
 
@@ -99,7 +99,7 @@ public:
     T &operator[](int64_t i) const { return memory[i]; }
 };
 
-// The vertices found so far, by their keys: open addressing.
+// A hash table of the vertices found so far, by their keys, with open addressing.
 template <typename Key> class Vertices {
     struct Slot {
         Key key;
@@ -165,7 +165,7 @@ public:
 
 struct Band {
     int64_t first, last;     // its pixels
-    int64_t offset = 0;      // of its rows among those of all bands
+    int64_t offset = 0;      // of its first row among the rows of all bands
     Array<int32_t> vertices; // of its rows
 };
 
@@ -181,7 +181,7 @@ struct Lattice {
     Array<int32_t> first, merged;  // of vertex v: the bands' rows merged[first[v]:first[v + 1]]
 };
 
-// What is filtered: position alone, or with the three colours of an image.
+// The features of the pixels: position alone, or position and the three colours of an image.
 struct Points {
     const float *image; // [3][height][width] or null
     int64_t height, width;
@@ -259,7 +259,7 @@ template <int D> void locate(const Floats (&feature)[D], Place<D> &place)
     for (int k = 1; k <= D; k++) place.weight[k] = sorted[D - k] - sorted[D - k + 1];
 }
 
-// The features of the pixels from `pixel` on. What follows the last pixel repeats it.
+// The features of the pixels from `pixel` on. Lanes after the last pixel repeat it.
 template <int D> void load_features(const Points &points, int64_t pixel, Floats (&feature)[D])
 {
     const int64_t pixels = points.height * points.width;
@@ -470,7 +470,7 @@ template <typename Real_, int LANES_, int COUNT_> struct Row {
     Vector v[COUNT_];
 };
 
-// The values on the vertices of a lattice. Splatted to `written`, blurred, sliced from `read`.
+// The values on the vertices of a lattice: `splat` writes to `written`, then `blur` runs, then `slice` reads `read`.
 template <typename R> struct Field {
     const Lattice *lattice = nullptr;
     bool banded = false;
@@ -571,7 +571,7 @@ template <typename R> R slice(const Field<R> &field, const Band &band, int64_t p
     return field.lattice->corners == 3 ? slice<3>(field, band, pixel) : slice<6>(field, band, pixel);
 }
 
-// Read and write a pixel's channels, which lie in planes.
+// Read and write the channels of a pixel, which are stored in planes.
 template <typename R> void load(R &row, const typename R::Real *values, int64_t pixels, int channels, typename R::Real rest)
 {
     typename R::Real *to = (typename R::Real *)&row;
@@ -621,7 +621,7 @@ template <typename Real>
 void filter_channels(const Lattice &lattice, const Real *values, Real *out, int64_t channels, bool transposed, int64_t threads)
 {
     if (!lattice.finite) return fill_with_nan(out, channels * lattice.pixels);
-    // Few widths, because each is compiled: double is not made for speed.
+    // Few widths of rows are compiled. Float64 has one only, because its speed does not matter.
     const int64_t widest = sizeof(Real) == 4 ? MAX_CHANNELS : 4;
     for (int64_t c = 0; c < channels; c += widest) {
         const int count = channels - c < widest ? int(channels - c) : int(widest);
@@ -640,7 +640,7 @@ void filter_channels(const Lattice &lattice, const Real *values, Real *out, int6
     }
 }
 
-// Divide by the square root of what a map of ones gives, before and after filtering: in the weights, for both.
+// Divide by the square root of the filtered map of ones, before and after filtering. The weights contain both factors.
 void normalise(Lattice &lattice, int64_t threads)
 {
     if (!lattice.finite) return;
@@ -653,13 +653,13 @@ void normalise(Lattice &lattice, int64_t threads)
     }
 }
 
-// e^x for x <= 0, to a relative 2e-7; 0 where it is below 1e-32. NaN stays NaN.
+// e^x for x <= 0, with a relative error of 2e-7; 0 where it is below 1e-32. NaN stays NaN.
 template <typename V, typename I> V exp_of_negative(V x)
 {
     constexpr float magic = 3 << 22, ln2_high = 0.693359375f, lowest = -75;
     constexpr double factorials[] = {720, 120, 24, 6, 2, 1, 1};
     const I too_low = x < lowest;
-    x = (V)(((I)x & ~too_low)); // 0 where it is too low
+    x = (V)(((I)x & ~too_low)); // 0 where x is too low
     const V shifted = x * float(M_LOG2E) + magic, integer = shifted - magic;
     const V rest = x - integer * ln2_high - integer * float(M_LN2 - double(ln2_high));
     V series = V{} + float(1. / 5040);
@@ -722,8 +722,8 @@ void mean_field(const Array<const Lattice *> &lattices, const double *strengths,
     }
 }
 
-// Images run in parallel where there are enough of them, else the bands of one image after the other. Few pixels run on
-// one thread: a forked child of a process that used threads has none of them, and would wait for them forever.
+// Images run in parallel if there are enough of them, else the bands of one image after the other. Few pixels run on
+// one thread: a forked child does not have the threads of its parent, and would wait for them forever.
 template <typename Body> void for_images(int64_t batch, int64_t pixels, int64_t threads, const Body &body)
 {
     const bool by_image = threads > 1 && batch >= threads && batch * pixels >= PARALLEL_PIXELS;

@@ -14,7 +14,7 @@ from . import library
 
 # The widest row of values in lattice.cpp.
 MAX_CHANNELS = 24
-# A batch with fewer pixels is not worth waking threads for. In a forked process, waking them would wait forever.
+# A smaller batch uses one thread: threads would not be faster, and starting them in a forked process may hang.
 PARALLEL_PIXELS = 2**12
 ERRORS = {
     1: (MemoryError, "not enough memory for the lattice of {}"),
@@ -82,7 +82,7 @@ def make_filter(image: Tensor | None, like: Tensor, gaussian: Gaussian, normalis
 
 
 def mean_field(logits: Tensor, filters: Sequence[tuple[float, Filter]], num_iter: int) -> Tensor:
-    """Return the marginals [B, C, H, W] after `num_iter` steps, all of them in C++ where its rows are wide enough."""
+    """Return the marginals [B, C, H, W] after `num_iter` steps, in C++ if the number of channels allows it."""
     if not filters or logits.dtype != torch.float32 or logits.shape[1] > MAX_CHANNELS:
         return eager.mean_field(logits, filters, num_iter)
     strengths, lattices = zip(*filters, strict=True)

@@ -1,6 +1,6 @@
-"""The C++ as a loaded library: the compiled one of the wheel, else one made by the machine's own compiler.
+"""Loads the C++ as a library: the compiled one of the wheel, else one that is compiled on this machine.
 
-The second kind is made when it is first needed, and kept in a cache folder for the next process.
+The second kind is compiled at the first use, and kept in a cache folder for later processes.
 """
 
 import ctypes
@@ -23,9 +23,9 @@ FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("affinity.cpp", "propagation.cpp", "labels.cpp", "lattice.cpp"))
 HEADERS = (FOLDER / "tables.h",)
 OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC")
-# What is tried in this order: the file's name, and the options that it needs.
+# Builds in the order in which they are tried: the name of the file, and its options.
 BUILDS = {"kernels.so": ("-shared", "-fopenmp"), "kernels-serial.so": ("-shared",)}
-# Options per set of instructions, by PyTorch's name for what the processor has. Any other name means the baseline.
+# Options per instruction set, by PyTorch's name for it. Any other name means the baseline, DEFAULT.
 INSTRUCTIONS = {
     "DEFAULT": (),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -135,7 +135,7 @@ class Labels(ctypes.Structure):
     )
 
 
-# The functions and their arguments. `{name}_workspace` counts the bytes of memory that a caller passes beside them.
+# The functions and their arguments. `{name}_workspace` returns the bytes of the workspace that a caller must pass.
 FUNCTIONS = {
     "affinity_float": Affinity,
     "affinity_double": Affinity,
@@ -157,7 +157,7 @@ def problem() -> str | None:
 
 
 def shipped(instructions: str) -> Path:
-    """Return where a wheel has the library for a set of instructions."""
+    """Return the path of a wheel's compiled library for an instruction set."""
     return FOLDER / f"kernels-{instructions.lower()}.so"
 
 
@@ -219,7 +219,7 @@ def _declare_lattice(library: ctypes.CDLL) -> None:
 
 
 def _check_structs(library: ctypes.CDLL) -> None:
-    """Refuse a library whose structs are not those above: it was made from another version of the C++."""
+    """Refuse a library whose structs are not those above, because it was compiled from another version of the C++."""
     structs = {
         "affinity_size": Affinity,
         "propagation_size": Propagation,
@@ -248,7 +248,7 @@ def _load_or_compile(command: list[str]) -> ctypes.CDLL:
 def _load_from_cache(command: list[str], cache: Path) -> ctypes.CDLL:
     """Return the library that an earlier process kept, or compile it and keep it.
 
-    Home directories are shared by machines, so files are named after everything that a library depends on.
+    Machines may share a home directory, so the file's name contains a hash of everything that the library depends on.
     """
     _, version, _ = _execute([*command, "--version"])
     sources = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
@@ -261,12 +261,12 @@ def _load_from_cache(command: list[str], cache: Path) -> ctypes.CDLL:
             try:
                 return _open(kept)
             except (OSError, AttributeError):
-                kept.unlink()  # not a library, or not the whole
+                kept.unlink()  # not a library, or an incomplete one
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         compiled = _compile(command, Path(folder))
         kept = cache / f"{key}-{compiled.name}"
         try:
-            # The first of several processes wins: on a network's file system, a file in use must not be replaced.
+            # The first of several processes wins: on a network file system, a file in use must not be replaced.
             kept.hardlink_to(compiled)
         except FileExistsError:
             pass

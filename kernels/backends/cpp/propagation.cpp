@@ -1,5 +1,5 @@
 // The propagation of PAMR and PAR (eq. 7) on a CPU, and its transpose. library.py compiles it, __init__.py calls it.
-// Nothing is allocated here: a caller asks `*_workspace` how many bytes to pass.
+// The code allocates no memory: the caller passes a workspace with the number of bytes that `*_workspace` returns.
 //
 // An affinity is [batch][height][neighbours][width].
 
@@ -11,15 +11,15 @@
 #include <immintrin.h>
 #endif
 
-// Sums that stay in registers, with room for the weights and an operand beside them.
+// Number of sums that fit in registers, beside the weights and an operand.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int SUMS = 24;
 #else
 constexpr int SUMS = 12;
 #endif
-constexpr int MAX_CHANNELS = 12, MAX_VECTORS = 4; // of which they are made
+constexpr int MAX_CHANNELS = 12, MAX_VECTORS = 4; // the largest tile of sums: channels x registers
 
-// The least work of a thread: terms of sums in one iteration.
+// Minimum work per thread: terms of sums in one iteration.
 constexpr int64_t GRAIN = 1 << 18;
 
 // As many images or chunks of channels are worked on at once as there are threads, if their tables fit these bytes.
@@ -37,7 +37,7 @@ struct Propagation {
     int64_t weights_type; // see Type
     Neighbours neighbours;
     int64_t iterations, transposed, threads;
-    int64_t group, chunk_bytes; // channels that are summed together, and that stay in the cache
+    int64_t group, chunk_bytes; // channels that are summed together; bytes of a chunk, which stays in the cache
 };
 
 // ---- Propagation, eq. 7: m^t_i = sum over n of alpha_in m^(t-1)_n ----
@@ -77,28 +77,30 @@ struct Units {
     }
 };
 
-// How the workspace is divided: for every slot, two tables that iterations fill in turn and, for the transpose, its
-// weights; then every thread's pointers and copies of weights.
+// The layout of the workspace: for every slot, two tables that are filled in turn by the iterations and, for the
+// transpose, the weights of the slot; then the pointers and copies of weights of every thread.
 template <typename Real> struct PropagationPlan {
-    Table table; // of as many channels as a unit has at most
-    int64_t threads, slots, table_size, sides, weights_pitch, shifted_size, last_row_size, terms, shared_bytes, worker_bytes;
-    bool halves; // weights that are read as float16
-    bool copied; // weights that cannot be read where they are
+    Table table; // for the largest number of channels of a unit
+    int64_t threads, slots, table_size, sides, weights_pitch, shifted_size, last_row_size, terms, shared_bytes,
+        worker_bytes;
+    bool halves; // whether weights are read as float16
+    bool copied; // whether weights must be copied before they are read
     Real *tables[2], *shifted, *last_row;
-    int64_t *first_readers; // how many rows of readers the rows above a row have
+    int64_t *first_readers; // per row, the number of readers of all rows above it
 
     PropagationPlan(const Propagation &task, void *memory);
     int64_t bytes() const { return shared_bytes + threads * worker_bytes; }
 };
 
-// Return the first and the last row whose neighbour n is in row y, or above the top or below the bottom row if y is that.
+// Return the first and the last row whose neighbour n is in row y. For the top row, rows whose neighbour is above the
+// image are included; for the bottom row, those whose neighbour is below it.
 static std::pair<int64_t, int64_t> readers_of(const Propagation &task, int64_t y, int64_t n)
 {
     const int64_t bottom = task.height - 1, row = y - task.neighbours.dy[n];
     return {y == 0 ? 0 : std::max<int64_t>(row, 0), y == bottom ? bottom : std::min(row, bottom)};
 }
 
-// Return how many rows of readers row y has. The top and the bottom row have the most.
+// Return the number of readers of row y: pairs of a row and a neighbour. The top and the bottom row have the most.
 static int64_t count_readers(const Propagation &task, int64_t y)
 {
     int64_t count = 0;
@@ -109,7 +111,7 @@ static int64_t count_readers(const Propagation &task, int64_t y)
     return count;
 }
 
-// float16 to float32: the exponent's bias is corrected by a multiplication, which also normalises.
+// Convert float16 to float32. A multiplication corrects the bias of the exponent and normalises subnormal numbers.
 static float widen_float16(uint16_t half)
 {
     uint32_t bits = uint32_t(half & 0x7fff) << 13, infinite = bits >= 0x0f800000 ? 0x7f800000 : 0;
@@ -147,7 +149,7 @@ static void read_weights(Real *out, const void *weights, int64_t type, int64_t f
     }
 }
 
-// Load a register of weights. Those of float16 are widened here where there is an instruction for it.
+// Load a register of weights. float16 is converted here if the processor has an instruction for it.
 #ifdef __F16C__
 constexpr bool LOADS_HALVES = true;
 template <typename Real> static Vector<Real> load(const uint16_t *halves)
@@ -163,13 +165,13 @@ constexpr bool LOADS_HALVES = false;
 template <typename Real> static Vector<Real> load(const uint16_t *) { return Vector<Real>{}; }
 #endif
 
-// What pixels are summed from: weights[n * stride + x] * rows[n][x] for all n < count, in every channel.
+// The terms of the sums: weights[n * stride + x] * rows[n][x] for all n < count, in every channel.
 template <typename Real> struct Terms {
     const Real *const *rows;
     const void *weights;
     int64_t stride, count, pitch;
-    // What the next row of pixels needs is fetched meanwhile: its weights, `next` elements on, and the one row of masks
-    // that was not read before.
+    // Prefetched for the next row of pixels: its weights, which start `next` elements later, and `ahead`, the one row
+    // of masks that was not read before.
     int64_t next;
     const Real *ahead;
 };
@@ -194,7 +196,7 @@ static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
         Vector<Real> weight[vectors];
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) weight[v] = load<Real>(weights + v * lanes);
-        __builtin_prefetch(weights + next, 0, 2); // into the second-level cache: the first holds less than a row of weights
+        __builtin_prefetch(weights + next, 0, 2); // into the second-level cache: the first is too small for a row of weights
 #pragma GCC unroll 16
         for (int c = 0; c < channels; c++)
 #pragma GCC unroll 16
@@ -212,7 +214,7 @@ constexpr int most_vectors(int channels) { return std::clamp(SUMS / channels, 1,
 
 template <typename Real> using Sum = void (*)(Real *, const Terms<Real> &, int64_t, int64_t);
 
-// Return the `sum` of so many channels and registers.
+// Return the function `sum` for these numbers of channels and registers.
 template <typename Real, typename Weight, int most_channels = MAX_CHANNELS, int most = most_vectors(most_channels)>
 static Sum<Real> find_sum(int64_t channels, int64_t vectors)
 {
@@ -234,7 +236,7 @@ static void sum_row(Real *out, const Terms<Real> &terms, int64_t channels, int64
         const int64_t vectors = most_vectors(size);
         const Sum<Real> most = find_sum<Real, Weight>(size, vectors);
         for (int64_t x = start; x < end;) {
-            // What remains in the end overlaps what is done, unless there are fewer columns than a register's.
+            // The last registers overlap those before, unless there are fewer columns than a register has lanes.
             const int64_t rest = x > start ? divide_up(end - x, lanes) : (end - x) / lanes;
             const int64_t registers = std::clamp<int64_t>(rest, 1, vectors);
             x = std::max(start, std::min(x, end - registers * lanes));
@@ -244,12 +246,12 @@ static void sum_row(Real *out, const Terms<Real> &terms, int64_t channels, int64
     }
 }
 
-// What one thread needs.
+// The memory and the work of one thread.
 template <typename Real> struct Worker {
     const Propagation &task;
     const PropagationPlan<Real> &plan;
-    const Real **rows; // of the terms of a sum, as all that follows
-    int64_t *columns; // by how much the transpose shifts them
+    const Real **rows; // of the terms of a sum, like the members below
+    int64_t *columns; // the columns by which the transpose shifts them
     Real *copies;     // of weights
 
     Worker(const Propagation &task, const PropagationPlan<Real> &plan, Workspace &workspace) : task(task), plan(plan)
@@ -259,7 +261,7 @@ template <typename Real> struct Worker {
         copies = workspace.take<Real>(plan.copied ? plan.terms * plan.weights_pitch : 0);
     }
 
-    // Where the weights of row y and neighbour n start.
+    // Return the index at which the weights of row y and neighbour n start.
     int64_t weights_of(int64_t image, int64_t y, int64_t n) const
     {
         return ((image * task.height + y) * task.neighbours.count + n) * task.width;
@@ -271,7 +273,8 @@ template <typename Real> struct Worker {
             read_weights(to, task.weights, task.weights_type, weights_of(image, y, n), task.width);
     }
 
-    // The last row of all: a register that is wider than it reads beyond the weights.
+    // Return whether this is the last row of all weights and narrower than a register. Loads would read beyond the end of
+    // the weights, so `last_row` holds a copy.
     bool is_copied_once(int64_t image, int64_t y) const
     {
         return plan.last_row_size && image == task.batch - 1 && y == task.height - 1;
@@ -296,9 +299,9 @@ template <typename Real> struct Worker {
         for (int64_t c = 0; c < table.channels; c++) pad_sides(out + c * table.pitch, table, false);
     }
 
-    // The transpose of eq. 7: a pixel sums the pixels that it is a neighbour of, its readers. Their weights are copied
-    // once, in the order in which the sums read them, shifted to the column that they read, with zeros for the columns
-    // that they do not read.
+    // The transpose of eq. 7: a pixel sums its readers, the pixels that it is a neighbour of. Their weights are copied
+    // once, in the order in which the sums read them. They are shifted to the columns that they read, and the other
+    // columns are 0.
     void shift_weights(Real *shifted, int64_t image, int64_t y) const
     {
         visit_readers(y, [&](int64_t index, int64_t p, int64_t n) {
@@ -344,8 +347,8 @@ template <typename Real> struct Worker {
         }
     }
 
-    // Call visit(index, p, n) for all readers of row y: neighbour n of the pixels of row p is in this row. Those with the
-    // leftmost neighbours come first. Return how many there are.
+    // Call visit(index, p, n) for all readers of row y: neighbour n of the pixels of row p is in row y. Readers with
+    // the leftmost neighbours come first. Return the number of readers.
     template <typename Visit> int64_t visit_readers(int64_t y, const Visit &visit) const
     {
         int64_t index = 0;
@@ -357,7 +360,7 @@ template <typename Real> struct Worker {
         return index;
     }
 
-    // List the terms of row y of the transpose. Return how many there are.
+    // List the terms of row y of the transpose. Return their number.
     int64_t find_readers(const Real *from, const Table &table, int64_t y) const
     {
         return visit_readers(y, [&](int64_t index, int64_t p, int64_t n) {
@@ -428,7 +431,7 @@ static void share_rows(const Unit *units, int64_t count, int64_t height, int64_t
     }
 }
 
-// What the threads do: the units, as many at once as there are slots; of those, every thread its share of the rows.
+// Propagate all units, as many at once as there are slots. Every thread computes its share of their rows.
 template <typename Real>
 static void propagate_share(const Propagation &task, const PropagationPlan<Real> &plan, const Worker<Real> &worker,
                             int64_t thread, int64_t threads)
@@ -449,7 +452,8 @@ static void propagate_share(const Propagation &task, const PropagationPlan<Real>
             Real *map = plan.tables[0] + slot * plan.table_size;
             read_row(table.row(map, y), masks, task.strides, y, table, task.transposed);
             if (task.transposed) worker.shift_weights(plan.shifted + slot * plan.shifted_size, unit.image, y);
-            if (unit.channel == 0 && worker.is_copied_once(unit.image, y)) worker.copy_weights(plan.last_row, unit.image, y);
+            if (unit.channel == 0 && worker.is_copied_once(unit.image, y))
+                worker.copy_weights(plan.last_row, unit.image, y);
         });
         for (int64_t t = 0; t < task.iterations; t++)
             each_row([&](const Unit &unit, const Table &table, int64_t slot, int64_t y) {

@@ -1,4 +1,4 @@
-// What affinity.cpp and propagation.cpp share: vectors, threads, workspaces and tables.
+// The code that affinity.cpp, propagation.cpp and labels.cpp share: vectors, threads, workspaces and tables.
 //
 // Maps are copied to tables [height][channels][pitch]. In a row of a table, the image starts at column `left`, and its
 // border is replicated on both sides, so that a neighbour is read like any other pixel. The transposed propagation
@@ -27,7 +27,7 @@ constexpr int LINE = 64; // bytes of a cache line
 
 struct Neighbours {
     int64_t count, reach;
-    const int64_t *dy, *dx; // where neighbour n is; |dx[n]| <= reach
+    const int64_t *dy, *dx; // offset of neighbour n; |dx[n]| <= reach
     const int64_t *by_dx;   // the neighbours from the leftmost to the rightmost
 };
 
@@ -41,7 +41,7 @@ template <> struct Types<double> {
 template <typename Real> using Vector = typename Types<Real>::Vector;
 template <typename Real> constexpr int LANES = REGISTER / sizeof(Real);
 
-// clang forgets in templates that the type needs no alignment; GCC makes slow code of memcpy with AVX2.
+// In templates, clang ignores that the type needs no alignment. GCC compiles memcpy to slow code with AVX2.
 template <typename Real> static inline Vector<Real> load(const Real *address)
 {
 #ifdef __clang__
@@ -66,7 +66,8 @@ static inline int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * 
 
 // ---- Threads ----
 
-// Call body(thread, threads) in every thread. One thread opens no parallel region, which a forked child could not.
+// Call body(thread, threads) in every thread. With one thread, no parallel region is opened, because a forked child
+// could not open one.
 template <typename Body> static inline void in_parallel([[maybe_unused]] int64_t threads, const Body &body)
 {
 #ifdef _OPENMP
@@ -88,7 +89,7 @@ static inline void wait_for_all([[maybe_unused]] int64_t threads)
 #endif
 }
 
-// How many threads are worth `work`.
+// Return the number of threads to use: every thread has at least `grain` of the work.
 static inline int64_t limit_threads(int64_t threads, int64_t work, int64_t grain)
 {
     return std::clamp<int64_t>(work / grain, 1, std::max<int64_t>(threads, 1));
@@ -144,7 +145,8 @@ static inline void read_row(Real *out, const Real *image, const int64_t *strides
     }
 }
 
-// Point to column 0 of every neighbour's row for the pixels of row y. Rows beyond the border are the border's.
+// Point to column 0 of every neighbour's row for the pixels of row y. Rows beyond the border are replaced by the
+// border.
 template <typename Real>
 static inline void find_rows(const Real **rows, const Real *map, const Table &table, const Neighbours &neighbours, int64_t y)
 {

@@ -25,7 +25,7 @@ def unavailable(device: torch.device) -> str | None:  # noqa: ARG001
 
 
 def empty_affinity(image: Tensor, neighbours: int) -> Tensor:
-    """Return weights [B, N, H, W] for an image [B, K, H, W]; on CPUs channels-last, as the embedding lookup reads."""
+    """Return weights [B, N, H, W] for an image [B, K, H, W]; channels-last on CPUs, for the embedding lookup."""
     batch, _, height, width = image.shape
     return torch.empty(
         (batch, neighbours, height, width),

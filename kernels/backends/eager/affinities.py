@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...neighbourhood import neighbour_offsets, pad, shifted_views, within
+from ...neighbourhood import limit_dilations, neighbour_offsets, pad, shifted_views
 from ...variants import Variant, position_affinity
 
 # On CPUs the softmax runs on blocks of this many pixels, which stay in the cache until they are stored channels-last.
@@ -42,7 +42,7 @@ def _has_float64(device_type: str) -> bool:
 def _similarity(image: Tensor, dilations: Sequence[int], variant: Variant) -> Tensor:
     """Return the exponents [B, N, H, W] of the softmax."""
     batch, channels, height, width = image.shape
-    near = within(dilations, height, width)
+    near = limit_dilations(dilations, height, width)
     neighbours = list(shifted_views(pad(image, max(near)), near))
     difference = torch.empty_like(image)
     # Moments about the centre: exactly zero where the image is flat, and no cancellation however large its offset.

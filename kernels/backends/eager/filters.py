@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...gaussians import Gaussian
 
-# Weights that are in memory at once.
+# Memory for the weights of one block of pixels.
 BLOCK_BYTES = 64 * 2**20
 
 
@@ -26,7 +26,7 @@ def make_filter(image: Tensor | None, like: Tensor, gaussian: Gaussian, normalis
         image: [B, 3, H, W], or None for weights of position alone.
         like: values of the size, device and dtype (float32 or float64) that are filtered.
         gaussian: the standard deviations.
-        normalise: whether weights are divided by sqrt(n_i n_j), n being the sums of the weights.
+        normalise: whether weights are divided by sqrt(n_i n_j), where n_i is the sum of the weights of pixel i.
     """
     if image is None:
         return normalised(_separable(like, gaussian), like[:1, :1], normalise)
@@ -49,7 +49,7 @@ def position_and_colour(image: Tensor, like: Tensor, gaussian: Gaussian) -> Tens
 
 
 def finite_or_nan(image: Tensor) -> Tensor:
-    """Return images [B, 3, H, W], those that hold a value that is not finite filled with NaN."""
+    """Return images [B, 3, H, W]; an image with a value that is not finite is filled with NaN."""
     finite = image.isfinite().flatten(1).all(dim=1)
     return image.masked_fill(~finite[:, None, None, None], torch.nan)
 
@@ -69,7 +69,7 @@ def _sum_in_blocks(features: Tensor, values: Tensor) -> Tensor:
 
 
 def _separable(like: Tensor, gaussian: Gaussian) -> Filter:
-    """Return the filter of position alone: the Gaussian of a sum is a product, one matrix per direction."""
+    """Return the filter of position alone. Its Gaussian is a product of two, so it is one matrix per direction."""
     rows, columns = (
         torch.cdist(line, line, compute_mode="donot_use_mm_for_euclid_dist").square_().mul_(-0.5).exp_()
         for line in (
@@ -120,7 +120,7 @@ def mean_field_gradient(grad: Tensor, logits: Tensor, filters: Sequence[tuple[fl
 
 
 def _step(logits: Tensor, marginals: Tensor, filters: Sequence[tuple[float, Filter]]) -> Tensor:
-    """One step: Potts compatibilities lower the energy of a class by the filtered marginals of the same class."""
+    """Do one step: with Potts compatibilities, the filtered marginals of a class are added to its logits."""
     return _add_filtered(logits.clone(), marginals, filters, transposed=False).softmax(dim=1)
 
 

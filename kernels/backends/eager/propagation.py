@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...neighbourhood import fold, keep_first, neighbour_offsets, pad, shifted_views, within
+from ...neighbourhood import fold, keep_first, limit_dilations, neighbour_offsets, pad, shifted_views
 
-# With fewer channels, shifted views are faster than gathered rows (docs/kernels.md).
+# With fewer channels, sums over shifted views are faster than gathered rows (docs/kernels.md).
 GATHER_MIN_CHANNELS = 4
 # Channels are gathered in chunks whose table stays in the last-level cache; this also bounds the extra memory.
 GATHER_TABLE_BYTES = 24 * 2**20
@@ -35,7 +35,7 @@ def _ragged(
     counts: Tensor,
 ) -> Tensor:
     """Apply `function` to the first counts[b] channels of every image, and set the others to 0."""
-    if x.device.type != "cpu":  # all channels: reading the counts would wait for the device
+    if x.device.type != "cpu":  # refine all channels: reading the counts would wait for the device
         return keep_first(function(x, affinity, dilations, num_iter), counts)
     result = torch.zeros_like(x, memory_format=torch.contiguous_format)
     for b, count in enumerate(counts.tolist()):
@@ -57,7 +57,7 @@ def _propagate_gathered(mask: Tensor, affinity: Tensor, dilations: Sequence[int]
     for image_mask, image_affinity, image_result in zip(mask, affinity, result, strict=True):
         weights = image_affinity.permute(1, 2, 0).flatten().float()  # [N, H, W] -> [H * W * N], a view if channels-last
         for chunk, refined in zip(image_mask.chunk(chunks), image_result.chunk(chunks), strict=True):
-            # `reach` more rows above and below replicate the border; to the sides the index does.
+            # `reach` more rows above and below replicate the border; the index replicates it on the left and right.
             table = weights.new_empty(height + 2 * reach, width, len(chunk))
             table[reach : reach + height] = chunk.permute(1, 2, 0)
             sums = torch.empty_like(table)
@@ -82,7 +82,7 @@ def _propagate_gathered(mask: Tensor, affinity: Tensor, dilations: Sequence[int]
 
 
 def _neighbour_index(rows: int, width: int, reach: int, dilations: Sequence[int]) -> Tensor:
-    """Return the N neighbours of every pixel, [rows * width * N], as rows of a table that starts `reach` rows above."""
+    """Return the N neighbours of every pixel, [rows * width * N]: rows of a table that starts `reach` rows above."""
     offsets = neighbour_offsets(dilations)
     fits = max((rows + 2 * reach) * width, rows * width * len(offsets)) < 2**31
     dtype = torch.int32 if fits else torch.int64
@@ -94,7 +94,7 @@ def _neighbour_index(rows: int, width: int, reach: int, dilations: Sequence[int]
 
 def _propagate_shifted(mask: Tensor, affinity: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
     """Compute eq. 7 as a sum over shifted views of the padded mask."""
-    dilations = within(dilations, *mask.shape[2:])
+    dilations = limit_dilations(dilations, *mask.shape[2:])
     current, weights = _accumulators(mask, affinity)
     for _ in range(num_iter):
         padded = pad(current, max(dilations))
@@ -112,7 +112,7 @@ def propagate_transposed(
         return _ragged(propagate_transposed, grad, affinity, dilations, num_iter, counts)
     current, weights = _accumulators(grad, affinity)
     batch, channels, height, width = grad.shape
-    dilations = within(dilations, height, width)
+    dilations = limit_dilations(dilations, height, width)
     reach = max(dilations)
     for _ in range(num_iter):
         padded = current.new_zeros(batch, channels, height + 2 * reach, width + 2 * reach)
@@ -123,6 +123,6 @@ def propagate_transposed(
 
 
 def _accumulators(x: Tensor, affinity: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both as contiguous planes, in the dtype of the sums."""
+    """Return masks and weights as contiguous planes, in the dtype of the sums."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.to(dtype).contiguous(), affinity.to(dtype).contiguous()

@@ -94,7 +94,7 @@ def propagate_transposed(
 def make_filter(image: Tensor | None, like: Tensor, gaussian: Gaussian, normalise: bool) -> Filter:
     """Return the filter of a Gaussian for values [B, C, H, W] like `like`.
 
-    Position alone is two products of matrices, which PyTorch has. So is float64, in which no user needs the speed.
+    The eager filter serves position alone, which is two products of matrices, and float64, where speed does not matter.
     """
     if image is None or like.dtype != torch.float32:
         return eager.make_filter(image, like, gaussian, normalise)

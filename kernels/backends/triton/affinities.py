@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...neighbourhood import neighbour_offsets, within
+from ...neighbourhood import limit_dilations, neighbour_offsets
 from ...variants import Variant, position_affinity
 from .launch import on_device
 
@@ -58,7 +58,7 @@ def affinity_kernel(
     neighbour = row * width + column
     is_value = is_neighbour[:, None] & is_pixel[None, :]
 
-    distance = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)  # the sum over the channels of what eq. 8 negates
+    distance = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)  # minus the exponents of eq. 8, summed over the channels
     image_ptr += batch * channels * pixels
     for _ in range(channels):
         centre = tl.load(image_ptr + pixel, mask=is_pixel, other=0.0)
@@ -72,8 +72,8 @@ def affinity_kernel(
                 value, centre[None, :], is_neighbour[:, None], NUM_DILATIONS, WITH_CENTRE
             )
         inverse = 1 / (GUARD + WEIGHT * power_of_sigma(variance, SIGMA_POWER))
-        # What all neighbours share cancels in the softmax: for s = |I[i] - I[n]| / scale, s - s_min will do, and
-        # (s - s_min)(s + s_min) for s^2.
+        # A term that all neighbours share cancels in the softmax. With s = |I[i] - I[n]| / scale, s may be replaced by
+        # s - s_min, and s^2 by (s - s_min)(s + s_min).
         scaled = excess * inverse[None, :]
         distance += scaled * (scaled + (2 * nearest * inverse)[None, :]) if POWER == 2 else scaled  # eq. 8
         image_ptr += pixels
@@ -102,10 +102,10 @@ def moments(value, centre, is_neighbour, NUM_DILATIONS: tl.constexpr, WITH_CENTR
 
 @triton.jit
 def steep_moments(value, centre, is_neighbour, NUM_DILATIONS: tl.constexpr, WITH_CENTRE: tl.constexpr):
-    """Return the least |I[i] - I[n]|, what the others exceed it by, and the variance, to the last digits of float32.
+    """Return the least |I[i] - I[n]|, the excess of the others, and the variance, to the last digits of float32.
 
     Where the neighbours of an outlier are nearly equal, exponents reach 10^10 and their differences decide. Rounding
-    I[i] - I[n] to float32 would already lose them: its error is carried along.
+    I[i] - I[n] to float32 would lose them, so the rounding error is kept beside it.
     """
     if value.dtype == tl.float64:
         exact = value - centre
@@ -173,7 +173,7 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Ten
     image = image.contiguous()
     batch, channels, height, width = image.shape
     config = launch_config(len(dilations), variant)
-    table = on_device(tuple(within(dilations, height, width)), torch.int32, image.device)
+    table = on_device(tuple(limit_dilations(dilations, height, width)), torch.int32, image.device)
     position = None
     if variant.position_weight > 0:
         weights = position_affinity(neighbour_offsets(dilations), variant)

@@ -71,7 +71,7 @@ def squared_difference(here, there):
 
 
 def launch_config(channels: int) -> dict[str, int]:
-    """Return the tile: the distances are computed once per block of channels, so that few blocks are wanted."""
+    """Return the tile. The distances are computed once per block of channels, so few blocks are better."""
     return {
         "BLOCK_P": 64,
         "BLOCK_Q": 32,
@@ -81,7 +81,7 @@ def launch_config(channels: int) -> dict[str, int]:
 
 
 def gaussian_sum(values: Tensor, image: Tensor, sigma_xy: float, sigma_rgb: float) -> Tensor:
-    """Return the sums of values [B, C, H, W], float32 and contiguous, given the image [B, 3, H, W], the same."""
+    """Return the sums of values [B, C, H, W], given the image [B, 3, H, W]; both are float32 and contiguous."""
     batch, channels, height, width = values.shape
     out = torch.empty_like(values)
     config = launch_config(channels)

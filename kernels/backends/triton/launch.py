@@ -1,4 +1,4 @@
-"""What the launches of all kernels need: a probe, small tables of numbers on the device, and the width of a warp."""
+"""Helpers for launching kernels: a probe, small tables of numbers on the device, and the width of a warp."""
 
 # mypy: allow-untyped-defs
 # Arguments of a jit function have the types that its launch gives them.
@@ -19,7 +19,7 @@ def probe_kernel(out_ptr):
 
 
 def probe(device: torch.device) -> None:
-    """Compile and run a small kernel, and raise what goes wrong."""
+    """Compile and run a small kernel; raise an error if that fails."""
     out = torch.zeros(1, dtype=torch.int32, device=device)
     with torch.cuda.device_of(out):
         probe_kernel[(1,)](out)
@@ -30,8 +30,8 @@ def probe(device: torch.device) -> None:
 def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a tensor of numbers on the device, without waiting for it.
 
-    A copy from pinned memory waits for nothing and can be captured in a CUDA graph. The copy on the device is not kept
-    from call to call: made during a capture, it would belong to the memory of that graph.
+    A copy from pinned memory does not wait and can be captured in a CUDA graph. The copy on the device is not kept from
+    call to call, because a copy made during a capture belongs to the memory of that graph.
     """
     if device.type == "cpu":  # the interpreter
         return torch.tensor(values, dtype=dtype)

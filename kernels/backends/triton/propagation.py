@@ -1,8 +1,8 @@
 """Propagation and its transpose in Triton: a gather of rows of channels, without atomics.
 
-Between iterations the masks lie as rows [B, H, W, C'], C' being C rounded up to 16 bytes: a neighbour's channels are
-read by wide, aligned loads, whatever its offset. A program sums a tile of pixels x channels in registers. Sizes and
-dilations are arguments and not constants: a kernel is compiled once for a dtype and a tile.
+Between iterations the masks are stored as rows [B, H, W, C'], where C' is C rounded up to 16 bytes: the channels of any
+neighbour are then read by wide, aligned loads. A program sums a tile of pixels x channels in registers. Sizes and
+dilations are arguments, not constants, so a kernel is compiled once per dtype and tile.
 """
 
 # mypy: allow-untyped-defs
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...neighbourhood import within
+from ...neighbourhood import limit_dilations
 from .launch import on_device, warp_size
 
 
@@ -95,8 +95,9 @@ def transposed_kernel(
 ):
     """The transpose of one iteration of eq. 7: g[c, n] = sum over the readers i of n of affinity[n, i] * g[c, i].
 
-    A pixel i reads n at the offset o if clamp(i + o) = n. A pixel inside the map has one reader per offset, a pixel
-    of the border one per row or column that o leads out of the map: a range of rows and a range of columns.
+    A pixel i reads n at the offset o if clamp(i + o) = n. Pixel i is then a reader of n. A pixel inside the map has one
+    reader per offset. A pixel of the border also has the readers that o leads out of the map: a range of rows and
+    columns.
 
     A program computes a part of one row of the map. The first two programs of a row compute its ends: their lanes are
     the columns of readers, and are summed at the end. The lanes of the other programs are BLOCK_P pixels between them.
@@ -193,10 +194,10 @@ def _iterate(
     config = launch_config(channels, mask.itemsize, warp_size(mask.device))
     vectors = triton.cdiv(channels, config["VECTOR"])
     rows = mask.new_empty(batch, height, width, vectors * config["VECTOR"])
-    rows[..., :channels] = mask.permute(0, 2, 3, 1)  # what lies beyond C is never read back
+    rows[..., :channels] = mask.permute(0, 2, 3, 1)  # channels beyond C are never read back
     other = torch.empty_like(rows)
     affinity = affinity.contiguous()
-    near = within(dilations, height, width)
+    near = limit_dilations(dilations, height, width)
     table = on_device(tuple(near), torch.int32, mask.device)
     sizes = {"num_dilations": len(near), "vectors": vectors, "height": height, "width": width}
     if kernel is transposed_kernel:

@@ -134,25 +134,27 @@ def test_links_or_else_copies(voc: Path, sbd: Path, tmp_path: Path, monkeypatch:
     assert [path.read_bytes() for path in links] == [path.read_bytes() for path in copies]
 
 
-def test_links_to_what_was_moved_are_made_anew(voc: Path, sbd: Path, tmp_path: Path) -> None:
+def test_broken_links_are_replaced(voc: Path, sbd: Path, tmp_path: Path) -> None:
     assert prepare(voc, sbd, tmp_path / "out") == 0
     moved = voc.rename(tmp_path / "moved")
     assert prepare(moved, sbd, tmp_path / "out") == 0
     assert {path.resolve().parent for path in (tmp_path / "out/JPEGImages").iterdir()} == {moved / "JPEGImages"}
 
 
-def test_other_counts_are_said(voc: Path, sbd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unexpected_counts_are_reported(
+    voc: Path, sbd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(voc), str(sbd), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error == (
         "prepare_sbd.py: error: not the known counts: VOC train 2 (expected 1464), VOC val 2 (expected 1449), "
         "SBD train 3 (expected 8498), SBD val 1 (expected 2857), train_aug 4 (expected 10582); "
-        "--allow-other-counts goes on with these\n"
+        "--allow-other-counts continues with these\n"
     )
     assert not (tmp_path / "out").exists()
 
 
-def test_known_counts_need_no_permission(
+def test_known_counts_are_accepted(
     voc: Path, sbd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(prepare_sbd, "KNOWN_COUNTS", find_sets(voc, sbd).counts())
@@ -235,7 +237,7 @@ def test_a_wrong_mask_ends_in_one_line(
         ("VOC2012/JPEGImages/s_train.jpg", "no image", "cannot read image {path}"),
     ],
 )
-def test_trees_that_are_not_whole(
+def test_incomplete_folders(
     path: str,
     content: str | None,
     message: str,

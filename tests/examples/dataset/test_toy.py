@@ -31,7 +31,7 @@ def test_the_seed_decides(tmp_path: Path, toy_root: Path) -> None:
     assert (other / image).read_bytes() != (toy_root / image).read_bytes()
 
 
-def test_it_is_cached(tmp_path: Path) -> None:
+def test_toy_data_is_drawn_once(tmp_path: Path) -> None:
     root = toy_voc(tmp_path, num_train=2, num_val=1)
     mask = root / "SegmentationClass/toy_000000.png"
     mask.write_bytes(b"touched")

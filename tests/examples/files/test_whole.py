@@ -7,7 +7,7 @@ from voc.files.whole import write_whole
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_half_a_file_is_never_seen(error: BaseException, tmp_path: Path) -> None:
+def test_an_incomplete_file_is_never_visible(error: BaseException, tmp_path: Path) -> None:
     path = tmp_path / "mask.png"
     path.write_text("older")
 

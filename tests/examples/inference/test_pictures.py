@@ -133,7 +133,7 @@ def test_floating_point(tmp_path: Path) -> None:
         read_picture(tmp_path / "image.tif", ALL)
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_paths_that_are_not_files(tmp_path: Path) -> None:
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -142,7 +142,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
             read_picture(tmp_path / f"{name}.jpg", ALL)
 
 
-def test_a_picture_as_it_is() -> None:
+def test_upright_picture_is_unchanged() -> None:
     pixels = noise(3, 5)
     mask = Picture(pixels, (5, 3), None).as_stored(pixels[..., 1].copy())
     np.testing.assert_array_equal(mask, pixels[..., 1])

@@ -17,7 +17,7 @@ def test_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("entry", ["../a", "x/../../a", "..", "/JPEGImages/../a.jpg", "..\\a"])
-def test_names_that_lead_elsewhere(entry: str, tmp_path: Path) -> None:
+def test_names_outside_the_data_set(entry: str, tmp_path: Path) -> None:
     (tmp_path / "JPEGImages").mkdir()
     (tmp_path / "ImageSets/Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text(f"good\n{entry}\n")

@@ -7,7 +7,7 @@ from voc.train.signals import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_is_noted_once(number: int) -> None:
+def test_first_signal_is_recorded(number: int) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert not stop.requested
