@@ -5,16 +5,18 @@
 VOC_ROOT is a data set in VOC's layout, whose images of the split `train` have masks. Every network is trained with
 several seeds, on the same images, with the same backbone, augmentation, optimiser and epochs. Every choice at test time
 is made on masks of the training split; the validation split is read for the table only. What is finished is not
-computed again: repeat the command until the table is complete. All other arguments are passed to examples/train_voc.py,
-for every network.
+computed again: repeat the command until the table is complete. With --records, runs that were made on another machine
+are not repeated either. All other arguments are passed to examples/train_voc.py, for every network.
 """
 
+import hashlib
 import json
 import math
 import platform
 import shlex
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +42,7 @@ from voc.dataset.splits import VOCDataset, load_split_with_masks  # noqa: E402
 from voc.dataset.toy import toy_voc  # noqa: E402
 from voc.devices import choose_device  # noqa: E402
 from voc.evaluation.metrics import mean_iou  # noqa: E402
+from voc.evaluation.network import CAM_BACKGROUNDS  # noqa: E402
 from voc.evaluation.tables import iou_table, markdown  # noqa: E402
 from voc.files.whole import write_text_whole  # noqa: E402
 from voc.settings import Settings  # noqa: E402
@@ -81,8 +84,10 @@ class Method(NamedTuple):
 
 # CAM-GAP and ours have the same number of choices. Full supervision has only those of the refinement.
 METHODS = {
-    "CAM-GAP": Method("cam", ("--model", "cam"), Grid((0.1, 0.2, 0.3, 0.4, 0.5, 0.6), MIN_PROBABILITIES)),
-    "ours": Method("single_stage", ("--no-baseline",), Grid((1.0, 1.5, 2.0, 3.0, 4.0, 6.0), MIN_PROBABILITIES)),
+    "CAM-GAP": Method("cam", ("--model", "cam"), Grid(CAM_BACKGROUNDS, MIN_PROBABILITIES)),
+    "ours": Method(
+        "single_stage", ("--no-baseline",), Grid((1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0), MIN_PROBABILITIES)
+    ),
     "ceiling": Method(
         "single_stage",
         ("--supervision", "masks", "--background-power", "1", "--min-probability", "0"),
@@ -98,6 +103,7 @@ class Measured(NamedTuple):
     iou: Mapping[ProtocolName, Mapping[str, Tensor]]
     training_seconds: float
     measuring_seconds: float
+    where: str  # the machine and the versions
 
 
 Results = Mapping[str, Sequence[Measured]]  # by method, one per seed
@@ -115,6 +121,10 @@ class Comparison:
 
     labels: Path | None = None
     """File of image-level labels. Default: VOC_ROOT/image_labels.txt if there is one, else as in train_voc.py."""
+
+    records: Path | None = None
+    """Folder with one small file per finished run: its settings, choices and numbers. A run with a file there is not
+    repeated, also where --output is empty. Default: `records` in --output."""
 
     columns: tuple[ColumnName, ...] = ("pamr", "par", "crf")
     """Columns of refined masks beside the raw ones."""
@@ -183,7 +193,7 @@ def prepare(comparison: Comparison, root: Path | None, others: Sequence[str]) ->
 
 
 def run_one(comparison: Comparison, data: Path, name: str, seed: int, others: Sequence[str]) -> Measured:
-    """Train one network, choose on the training split and measure on the validation split, where that is missing."""
+    """Return the numbers of one network, from its record or after `train_and_measure`."""
     method = METHODS[name]
     folder = comparison.output / f"{name.lower()}_{seed}"
     arguments = ["--data", str(data), *others, *method.arguments, "--seed", str(seed), "--output", str(folder)]
@@ -193,6 +203,37 @@ def run_one(comparison: Comparison, data: Path, name: str, seed: int, others: Se
     settings = parse_arguments(arguments)
     if settings.checkpoint != "last":
         raise ValueError("--checkpoint best chooses an epoch on validation images: the protocol takes the last one")
+    question = {
+        "grid": method.grid,
+        "refinements": voc_protocol.REFINEMENTS,
+        "columns": comparison.columns,
+        "classes": comparison.table_classes,
+    }
+    records = comparison.records or comparison.output / "records"
+    records.mkdir(parents=True, exist_ok=True)
+    found = remembered(
+        records / f"{folder.name}.json",
+        {**question, "settings": settings_of_training(settings), "data": fingerprint(data, settings.labels)},
+        lambda: train_and_measure(comparison, data, name, settings, arguments, question),
+    )
+    iou = {
+        protocol: {column: torch.tensor(values, dtype=torch.float64) for column, values in columns.items()}
+        for protocol, columns in found["iou"].items()
+    }
+    choices = {protocol: load_choice(found["choices"][protocol]) for protocol in PROTOCOLS}
+    return Measured(choices, iou, found["training_seconds"], found["measuring_seconds"], found["where"])
+
+
+def train_and_measure(
+    comparison: Comparison,
+    data: Path,
+    name: str,
+    settings: Settings,
+    arguments: Sequence[str],
+    question: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Train one network, choose on the training split and measure on the validation split, where that is missing."""
+    method, folder, seed = METHODS[name], settings.output, settings.seed
     rows = class_indices(comparison.table_classes, ("background", *read_classes(data)), source="--table-classes")
     started = (folder / "settings.json").is_file()
     if started:
@@ -221,22 +262,30 @@ def run_one(comparison: Comparison, data: Path, name: str, seed: int, others: Se
         return {protocol: {column: iou.tolist() for column, iou in by.items()} for protocol, by in found.items()}
 
     print(f"{name}, seed {seed}: choices on the training split, then the validation split", flush=True)
-    question = {
-        "grid": method.grid,
-        "refinements": voc_protocol.REFINEMENTS,
-        "columns": comparison.columns,
-        "classes": comparison.table_classes,
-    }
     with stopwatch(folder / "measuring_seconds.txt"):
         stored = remembered(folder / "choices.json", question, choose)
         choices = {protocol: load_choice(stored[protocol]) for protocol in PROTOCOLS}
         measured = remembered(folder / "measured.json", {**question, "choices": stored}, measure)
-    iou = {
-        protocol: {column: torch.tensor(values, dtype=torch.float64) for column, values in measured[protocol].items()}
-        for protocol in PROTOCOLS
+    return {
+        "choices": stored,
+        "iou": measured,
+        **{f"{part}_seconds": read_seconds(folder / f"{part}_seconds.txt") for part in ("training", "measuring")},
+        "where": f"{date.today()}, {machine()}. {versions()}",
     }
-    seconds = (read_seconds(folder / f"{part}_seconds.txt") for part in ("training", "measuring"))
-    return Measured(choices, iou, *seconds)
+
+
+def settings_of_training(settings: Settings) -> dict[str, Any]:
+    """Return the settings that change what is trained, without those that name a place."""
+    others = ("data", "labels", "output", "resume", "device", "workers", "refine", "keep_checkpoints")
+    return {key: value for key, value in settings.to_json().items() if key not in others}
+
+
+def fingerprint(data: Path, labels: Path | None) -> str:
+    """Return a hash of the names of the images in both splits, and of the image-level labels if they are in a file."""
+    content = [repr(read_split(data, split)) for split in ("train", "val")]
+    if labels is not None:
+        content.append(labels.read_text())
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
 
 def check_same_run(folder: Path, settings: Settings) -> None:
@@ -306,8 +355,10 @@ def page(comparison: Comparison, data: Path, command: str, results: Results) -> 
         part: sum(getattr(one, f"{part}_seconds") for runs in results.values() for one in runs) / 3600
         for part in ("training", "measuring")
     }
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    places = sorted({one.where for runs in results.values() for one in runs})
+    places = [textwrap.fill(f"- {place}", 120, subsequent_indent="  ") for place in places]
     num_train, num_val = (len(read_split(data, split)) for split in ("train", "val"))
+    line_break = "\n"  # Python 3.10 allows no backslash in an f-string
     what = (
         "This is a test run on drawn images: the numbers mean nothing."
         if comparison.smoke
@@ -317,8 +368,8 @@ def page(comparison: Comparison, data: Path, command: str, results: Results) -> 
 
     python benchmarks/voc_animals.py {command}
 
-{date.today()}, {machine()}.
-Python {platform.python_version()}, {versions}, wsseg_layers {__version__}.
+{line_break.join(places)}
+
 Training took {hours["training"]:.2f} h, choices and measurements {hours["measuring"]:.2f} h.
 
 Mean IoU in percent over {len(rows)} classes on {num_val} validation images, over seeds {seeds}: mean ± standard
@@ -357,6 +408,12 @@ def machine() -> str:
     """Return the name of the processor and the number of threads, and that of the GPU if there is one."""
     cpu = f"{cpu_model()}, {torch.get_num_threads()} threads"
     return f"{torch.cuda.get_device_name()}, {cpu}" if torch.cuda.is_available() else cpu
+
+
+def versions() -> str:
+    """Return the versions of Python, of this library and of what it runs on."""
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return f"Python {platform.python_version()}, {packages}, wsseg_layers {__version__}."
 
 
 def numbers(values: Sequence[float]) -> str:

@@ -188,7 +188,7 @@ def measured(own: Sequence[float], given: Sequence[float]) -> Measured:
         protocol: {column: torch.full((2,), float(value)) for column, value in zip(columns, values, strict=True)}
         for protocol, values in (("own", own), ("given", given))
     }
-    return Measured({"own": choice, "given": choice}, iou_of, 1800.0, 900.0)  # type: ignore[arg-type]
+    return Measured({"own": choice, "given": choice}, iou_of, 1800.0, 900.0, "a machine")  # type: ignore[arg-type]
 
 
 def test_the_table_has_mean_and_spread_over_seeds() -> None:
@@ -269,6 +269,23 @@ def test_finished_runs_are_not_repeated(finished: Path, monkeypatch: pytest.Monk
     assert tables[0] == tables[1]
 
 
+def test_runs_of_another_machine_are_not_repeated(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = finished / "records"
+    assert sorted(path.name for path in records.iterdir()) == ["cam-gap_3.json", "ceiling_3.json", "ours_3.json"]
+    trained: list[Any] = []
+    monkeypatch.setattr(voc_animals, "train_main", lambda arguments: trained.append(arguments) or 130)
+    arguments = [*QUICK, "--output", str(tmp_path), "--records", str(records)]
+    assert voc_animals.main(arguments) == 0
+    assert not trained
+    tables = [(folder / "voc_animals.md").read_text() for folder in (finished, tmp_path)]
+    assert tables[0][tables[0].index("Mean IoU") :] == tables[1][tables[1].index("Mean IoU") :]
+    for change in (["--lr", "0.5"], ["--seeds", "4"]):  # another question
+        assert voc_animals.main([*arguments, *change]) == 130
+        assert trained.pop()
+
+
 def test_answers_are_remembered_per_question(tmp_path: Path) -> None:
     answers = iter([{"a": 1}, {"a": 2}])
     path = tmp_path / "answer.json"
@@ -280,6 +297,7 @@ def test_an_interrupted_training_goes_on(finished: Path, tmp_path: Path, monkeyp
     output = tmp_path / "comparison"
     shutil.copytree(finished, output)
     (output / "ours_3/iou.csv").unlink()
+    (output / "records/ours_3.json").unlink()
     for path in output.glob("*/settings.json"):  # the copied runs are those of the copied folder
         path.write_text(path.read_text().replace(str(finished), str(output)))
     calls = []

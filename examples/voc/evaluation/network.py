@@ -20,7 +20,7 @@ from ..settings import Refinement, Settings
 from ..train.distribution import Group
 from .metrics import IoUMeter, average_precision, class_metrics, mean_iou
 
-CAM_BACKGROUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # the first is the authors'
+CAM_BACKGROUNDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # the first is the authors'
 
 
 class Evaluation(NamedTuple):
