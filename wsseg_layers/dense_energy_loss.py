@@ -95,7 +95,7 @@ def dense_energy_loss(
         constant if is_traced() else probabilities, images.detach(), sigma_xy, sigma_rgb, backend=backend
     )
     similar = EXTENSION_SCALE * gate[:, None] * sums
-    # This has the value of S * similar but twice its gradient, because S is also in the sums, which are constants here.
+    # This has the value of S * similar but twice its gradient, because S is also in the sums.
     energy = (2 * probabilities - constant) * similar.detach()
     if not is_traced():  # torch.compile has no second derivatives
         # This term is 0, and so is its gradient. It adds the second derivative of S * similar.
