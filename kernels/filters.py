@@ -81,6 +81,7 @@ def bilateral_filter(
         check_image(image, ("values", values))
         if image.requires_grad and torch.is_grad_enabled():
             raise ValueError("image must not require a gradient, because none flows to it: pass image.detach()")
+        image = image.detach()
     settings = (float(sigma_xy), float(sigma_rgb), normalise, False, backend)
     if is_traced():
         return torch.ops.wsseg_layers.bilateral_filter(values, image, *settings)
@@ -302,9 +303,12 @@ class _BilateralFilter(torch.autograd.Function):
         _, image, *ctx.settings = inputs
         ctx.save_for_backward(image)
         ctx.save_for_forward(image)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:  # the sums are used, but not their gradient: filtering zeros would take as long
+            return (None,) * 7
         *settings, transposed, backend = ctx.settings
         gradient = _BilateralFilter.apply(grad, *ctx.saved_tensors, *settings, not transposed, backend)
         return gradient, None, None, None, None, None, None

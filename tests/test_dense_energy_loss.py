@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
@@ -55,6 +56,40 @@ def test_value_and_gradient(shape: tuple[int, ...], backend: BackendName, dtype:
     torch.testing.assert_close(loss.double(), torch.tensor(energy).double(), rtol=1e-4, atol=1e-5)
     assert segmentations.grad is not None
     torch.testing.assert_close(segmentations.grad.double(), gradient, rtol=1e-4, atol=1e-5)
+
+
+def reverse_over_reverse(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the Hessian as torch.autograd.grad gives it."""
+
+    def hessian(x: Tensor) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(leaf), leaf, create_graph=True)
+        return torch.stack([torch.autograd.grad(one, leaf, retain_graph=True)[0] for one in gradient.flatten()])
+
+    return hessian
+
+
+@pytest.mark.parametrize(
+    "second",
+    [torch.func.hessian, lambda f: torch.func.jacfwd(torch.func.jacfwd(f)), reverse_over_reverse],
+    ids=["hessian", "forward over forward", "reverse over reverse"],
+)
+def test_second_derivatives(second: Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]) -> None:
+    images, segmentations, rois, unlabelled = draw((1, 2, 2, 3), torch.float64, seed=3)
+    x, pixels = segmentations.detach(), 6
+
+    def loss(segmentations: Tensor) -> Tensor:
+        return dense_energy_loss(images, segmentations, rois, unlabelled, 0.37, 2.3, "eager")
+
+    weights = torch.from_numpy(reference.gaussian_weights(exact(images[0]), (2, 3), 2.3, 0.37))
+    inside = rois[0].double().flatten()
+    gate = torch.where(unlabelled[0], 1.0, (rois[0] - x[0].amax(dim=0)).clamp(min=0)).flatten()
+    similar = inside[:, None] * weights * inside * 64 / (1 + 1 / 32) / ((4 * torch.pi / 3) ** 2.5 * 6**0.5)
+    # The gate is a constant, and classes do not interact.
+    block = -(gate[:, None] * similar + (gate[:, None] * similar).T)
+    expected = torch.block_diag(block, block)
+    assert 0 < gate.min() < gate.max()
+    torch.testing.assert_close(second(loss)(x).reshape(2 * pixels, 2 * pixels), expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("label_dtype", [torch.uint8, torch.int64, torch.float32])

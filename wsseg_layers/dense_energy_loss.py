@@ -5,10 +5,12 @@ ECCV 2018. https://arxiv.org/abs/1803.09569
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ._checks import (
     check_maps,
@@ -19,7 +21,7 @@ from ._checks import (
 )
 from .kernels import BackendName, bilateral_filter
 from .kernels.filters import check_image
-from .kernels.operators import check_backend
+from .kernels.operators import check_backend, is_traced
 
 IGNORED = 255  # the label of pixels whose class is unknown
 
@@ -58,7 +60,8 @@ def dense_energy_loss(
         backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.bilateral_filter`.
 
     Returns:
-        Loss, a scalar, in at least float32. Differentiable once with respect to `segmentations`.
+        Loss, a scalar, in at least float32. Differentiable with respect to `segmentations`; second derivatives take
+        the gate as a constant, too.
 
     Raises:
         TypeError: a tensor has the wrong dtype, or a parameter the wrong type.
@@ -88,11 +91,43 @@ def dense_energy_loss(
     gate = (inside - probabilities.detach().amax(dim=1)).clamp(min=0).masked_fill(unlabelled, 1)
     probabilities = probabilities * inside[:, None]
     constant = probabilities.detach()
-    sums = bilateral_filter(constant, images.detach(), sigma_xy, sigma_rgb, backend=backend)
+    sums = bilateral_filter(
+        constant if is_traced() else probabilities, images.detach(), sigma_xy, sigma_rgb, backend=backend
+    )
     similar = EXTENSION_SCALE * gate[:, None] * sums
-    # This has the value of S * similar but twice its gradient, because S is also in the sums, which are constants here.
-    energy = ((2 * probabilities - constant) * similar).sum()
-    return -energy / max(1, len(images))
+    # This has the value of S * similar but twice its gradient, because S is also in the sums.
+    energy = (2 * probabilities - constant) * similar.detach()
+    if not is_traced():  # torch.compile has no second derivatives
+        # This term is 0, and so is its gradient. It adds the second derivative of S * similar.
+        energy = energy + _multiply_zeros(probabilities - constant, similar - similar.detach())
+    return -energy.sum() / max(1, len(images))
+
+
+def _multiply_zeros(x: Tensor, y: Tensor) -> Tensor:
+    """Return x * y, given zeros that have derivatives."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return x * y
+    return _ProductOfZeros.apply(x, y)
+
+
+class _ProductOfZeros(torch.autograd.Function):
+    """The product of zeros, in reverse mode. The gradient to y is left out where only its value, 0, can matter.
+
+    An ordinary backward pass would filter these zeros, and take as long as the loss itself.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y = ctx.saved_tensors
+        return grad * y, grad * x if torch.is_grad_enabled() else None
 
 
 def _check_region(name: str, region: Tensor, segmentations: Tensor) -> None:

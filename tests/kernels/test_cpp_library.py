@@ -200,6 +200,19 @@ def test_full_cache_compiles_in_a_temporary_folder(cache: Path, tmp_path: Path) 
 
 
 @needs_compiler
+def test_keeps_nothing_that_is_not_on_the_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a network's file system, a full disk is noticed when a file is flushed. A part of a library must not stay."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(f"No space left on device: file {descriptor}")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.warns(UserWarning, match=f"{AGAIN}No space left on device"):
+        assert computes(library.load())
+    assert not list(cache.iterdir())
+
+
+@needs_compiler
 @pytest.mark.parametrize("other", ["machine", "libc_ver", "compiler"])
 def test_machines_that_share_a_home_have_a_library_each(
     other: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import hypothesis.strategies as st
@@ -294,6 +295,17 @@ def test_a_kernel_that_fails_makes_the_backend_unavailable(
     assert probed == [device]
     with pytest.raises(ValueError, match=f"backend='triton' is not usable on device 'cuda': .*{reason}"):
         find_backend("triton", device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert find_backend("auto", device) is not backend
+
+
+@pytest.mark.usefixtures("without_probe_results")
+@pytest.mark.parametrize("stub", [None, ModuleType("triton")])
+def test_a_stub_is_not_triton(stub: ModuleType | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", stub)
+    device = torch.device("cuda")
+    assert backend.unavailable(device) == "needs the package triton, which is not installed"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert find_backend("auto", device) is not backend

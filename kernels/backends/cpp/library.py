@@ -261,10 +261,13 @@ def _load_from_cache(command: list[str], cache: Path) -> ctypes.CDLL:
             try:
                 return _open(kept)
             except (OSError, AttributeError):
-                kept.unlink()  # not a library, or an incomplete one
+                kept.unlink()  # not a library
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         compiled = _compile(command, Path(folder))
         kept = cache / f"{key}-{compiled.name}"
+        # Write it to the disk before it gets the name that is loaded: loading an incomplete library kills the process.
+        with compiled.open("rb") as file:
+            os.fsync(file.fileno())
         try:
             # The first of several processes wins: on a network file system, a file in use must not be replaced.
             kept.hardlink_to(compiled)

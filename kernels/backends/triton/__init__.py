@@ -45,7 +45,7 @@ class _CapturingError(Exception):
 @functools.cache  # an exception is not kept: the device is probed after the capture
 def _probe(device: torch.device) -> str | None:
     """Return why a small kernel does not compile and run on a device, or None if it does."""
-    if find_spec("triton") is None:
+    if not _is_installed():
         return "needs the package triton, which is not installed"
     if device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise _CapturingError
@@ -58,6 +58,13 @@ def _probe(device: torch.device) -> str | None:
         first_line = str(error).strip().partition("\n")[0]
         return f"cannot compile and run a kernel: {type(error).__name__}: {first_line}"
     return None
+
+
+def _is_installed() -> bool:
+    try:
+        return find_spec("triton") is not None
+    except ValueError:  # an empty module stands in for it, as some programs put into sys.modules
+        return False
 
 
 def empty_affinity(image: Tensor, neighbours: int) -> Tensor:
