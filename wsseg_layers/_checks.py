@@ -11,6 +11,7 @@ INT32_MAX = 2**31 - 1
 # Numbers, because old versions of torch.compile cannot read the attributes of finfo.
 FLOAT32_MAX, FLOAT32_TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_real(name: str, value: float) -> None:
@@ -96,6 +97,13 @@ def check_floating(name: str, tensor: Tensor) -> None:
     if tensor.is_nested or tensor.layout is not torch.strided:
         layout = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {layout}")
+
+
+def check_integers(name: str, tensor: Tensor) -> None:
+    """Refuse anything but an integer tensor."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in INTEGERS:
+        given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be an integer tensor ({', '.join(map(str, INTEGERS))}), got {given}")
 
 
 def check_maps(name: str, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The code that PAMR and PAR share: checks, the choice of channels, views, and the base class of both."""
+"""The code that PAMR, PAR and what calls them share: checks, the choice of channels, views, resizing, a base class."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -60,7 +60,7 @@ def match_image(named_image: tuple[str, Tensor], named_mask: tuple[str, Tensor],
             f"{mask_name} must have the height and width of {image_name} {list(image.shape)} when resize='none',"
             f" got shape {list(mask.shape)}"
         )
-    return resize_to(image, mask.shape[2:]) if resize == "image" else image
+    return resize_maps(image, mask.shape[2:], align_corners=True) if resize == "image" else image
 
 
 class Packed(NamedTuple):
@@ -89,11 +89,12 @@ def pack_classes(named_mask: tuple[str, Tensor], classes: Tensor | None, image: 
     check_choice("absent", absent, ABSENTS)
     _, mask = named_mask
     if classes is None:
-        return Packed(resize_to(mask, image.shape[2:]), None, None)
+        return Packed(resize_maps(mask, image.shape[2:], align_corners=True), None, None)
     check_classes(classes, named_mask)
     joined = join_views(mask, image)
     index, counts = present_first(classes.reshape(joined.shape[:2]))
-    return Packed(resize_to(take_channels(joined, index), image.shape[2:]), counts, index)
+    chosen = take_channels(joined, index)
+    return Packed(resize_maps(chosen, image.shape[2:], align_corners=True), counts, index)
 
 
 def unpack_classes(refined: Tensor, packed: Packed, mask: Tensor, classes: Tensor | None, absent: Absent) -> Tensor:
@@ -104,7 +105,7 @@ def unpack_classes(refined: Tensor, packed: Packed, mask: Tensor, classes: Tenso
     result = put_channels(refined, packed.channels, join_views(mask, refined).shape[1])
     result = result.reshape(*mask.shape[:2], *size)  # [B, V * C, H, W] -> [B * V, C, H, W]
     if absent == "keep":
-        return torch.where(classes[:, :, None, None], result, resize_to(mask, size))
+        return torch.where(classes[:, :, None, None], result, resize_maps(mask, size, align_corners=True))
     return result
 
 
@@ -144,6 +145,11 @@ def present_first(classes: Tensor, max_classes: int | None = None) -> tuple[Tens
     return index, counts
 
 
+def mark_present(index: Tensor, counts: Tensor) -> Tensor:
+    """Return which of the channels [B, M] of `present_first` are present, bool [B, M]."""
+    return torch.arange(index.shape[1], device=index.device) < counts[:, None]
+
+
 def reads_values(tensor: Tensor) -> bool:
     """Return whether Python may read the values of a tensor: it is on a CPU, not empty, and the call is not traced."""
     return tensor.device.type == "cpu" and tensor.numel() > 0 and not hides_values(tensor)
@@ -174,11 +180,14 @@ def _planes(index: Tensor, channels: int) -> Tensor:
     return (first[:, None] + index).flatten()
 
 
-def resize_to(maps: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize maps [B, C, h, w] bilinearly, corners aligned, unless they have the size already."""
-    if list(maps.shape[2:]) == list(size):
+def resize_maps(maps: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """Resize maps [B, ..., h, w] bilinearly, unless they have the size already."""
+    if list(maps.shape[-2:]) == list(size):
         return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
+    if maps.ndim == 4:
+        return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=align_corners)
+    resized = F.interpolate(maps.flatten(1, -3), size=tuple(size), mode="bilinear", align_corners=align_corners)
+    return resized.unflatten(1, maps.shape[1:-2])
 
 
 class StatelessRefinement(nn.Module):
