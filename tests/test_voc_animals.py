@@ -275,7 +275,12 @@ def test_runs_of_another_machine_are_not_repeated(
     records = finished / "records"
     assert sorted(path.name for path in records.iterdir()) == ["cam-gap_3.json", "ceiling_3.json", "ours_3.json"]
     trained: list[Any] = []
-    monkeypatch.setattr(voc_animals, "train_main", lambda arguments: trained.append(arguments) or 130)
+
+    def interrupted(arguments: Sequence[str]) -> int:
+        trained.append(arguments)
+        return 130
+
+    monkeypatch.setattr(voc_animals, "train_main", interrupted)
     arguments = [*QUICK, "--output", str(tmp_path), "--records", str(records)]
     assert voc_animals.main(arguments) == 0
     assert not trained
