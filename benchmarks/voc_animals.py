@@ -4,7 +4,7 @@
 
 VOC_ROOT is a data set in VOC's layout, whose images of the split `train` have masks. Every network is trained with
 several seeds, on the same images, with the same backbone, augmentation, optimiser and epochs. Every choice at test time
-is made on masks of the training split; the validation split is read for the table only. What is finished is not
+is made on masks of the training split; the validation split is read for the table only. Finished parts are not
 computed again: repeat the command until the table is complete. With --records, runs that were made on another machine
 are not repeated either. All other arguments are passed to examples/train_voc.py, for every network.
 """
@@ -67,6 +67,8 @@ PACKAGES = ("torch", "kornia", "accelerate", "pillow")
 
 MIN_PROBABILITIES = (0.1, 0.2, 0.3, 0.5)
 
+FREE_SETTINGS = ("resume", "device", "workers", "refine")  # they do not change what is trained
+
 # A training that takes seconds.
 SMOKE = shlex.split(
     "--preset toy --epochs 2 --classification-epochs 1 --crop-size 65 --classification-crop-size 65 --channels 8 "
@@ -103,7 +105,7 @@ class Measured(NamedTuple):
     iou: Mapping[ProtocolName, Mapping[str, Tensor]]
     training_seconds: float
     measuring_seconds: float
-    where: str  # the machine and the versions
+    where: str  # the date, the machine and the versions
 
 
 Results = Mapping[str, Sequence[Measured]]  # by method, one per seed
@@ -124,7 +126,7 @@ class Comparison:
 
     records: Path | None = None
     """Folder with one small file per finished run: its settings, choices and numbers. A run with a file there is not
-    repeated, also where --output is empty. Default: `records` in --output."""
+    repeated, even if --output is empty. Default: `records` in --output."""
 
     columns: tuple[ColumnName, ...] = ("pamr", "par", "crf")
     """Columns of refined masks beside the raw ones."""
@@ -276,8 +278,8 @@ def train_and_measure(
 
 def settings_of_training(settings: Settings) -> dict[str, Any]:
     """Return the settings that change what is trained, without those that name a place."""
-    others = ("data", "labels", "output", "resume", "device", "workers", "refine", "keep_checkpoints")
-    return {key: value for key, value in settings.to_json().items() if key not in others}
+    places = ("data", "labels", "output", "keep_checkpoints")
+    return {key: value for key, value in settings.to_json().items() if key not in (*FREE_SETTINGS, *places)}
 
 
 def fingerprint(data: Path, labels: Path | None) -> str:
@@ -290,10 +292,9 @@ def fingerprint(data: Path, labels: Path | None) -> str:
 
 def check_same_run(folder: Path, settings: Settings) -> None:
     """Raise a ValueError if the run in a folder was made with other settings than these."""
-    free = ("resume", "device", "workers", "refine")  # they do not change what is trained
     wanted, found = asdict(settings), asdict(run_settings(folder))
     for key, value in wanted.items():
-        if key not in free and value != found[key]:
+        if key not in FREE_SETTINGS and value != found[key]:
             option = f"--{key.replace('_', '-')}"
             raise ValueError(f"the run in {folder} has {option} {found[key]}, not {value}: give another --output")
 
@@ -356,9 +357,8 @@ def page(comparison: Comparison, data: Path, command: str, results: Results) -> 
         for part in ("training", "measuring")
     }
     places = sorted({one.where for runs in results.values() for one in runs})
-    places = [textwrap.fill(f"- {place}", 120, subsequent_indent="  ") for place in places]
+    list_of_places = "\n".join(textwrap.fill(f"- {place}", 120, subsequent_indent="  ") for place in places)
     num_train, num_val = (len(read_split(data, split)) for split in ("train", "val"))
-    line_break = "\n"  # Python 3.10 allows no backslash in an f-string
     what = (
         "This is a test run on drawn images: the numbers mean nothing."
         if comparison.smoke
@@ -368,7 +368,7 @@ def page(comparison: Comparison, data: Path, command: str, results: Results) -> 
 
     python benchmarks/voc_animals.py {command}
 
-{line_break.join(places)}
+{list_of_places}
 
 Training took {hours["training"]:.2f} h, choices and measurements {hours["measuring"]:.2f} h.
 

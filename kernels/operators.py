@@ -164,11 +164,12 @@ def _is_transformed(mask: Tensor) -> bool:
     """
     if is_traced():
         return False
-    return (
-        (mask.requires_grad and torch.is_grad_enabled())
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return (mask.requires_grad and torch.is_grad_enabled()) or has_transforms()
+
+
+def has_transforms() -> bool:
+    """Return whether a transform of torch.func or forward-mode AD is active."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _check_counts(counts: Tensor, mask: Tensor, affinity: Tensor) -> None:

@@ -13,6 +13,7 @@ from ._dtypes import cast, working_dtype
 from ._label_checks import Settings, check_boxes, check_cams, check_ignore_index, check_settings
 from ._refinement import mark_present, present_first, put_channels, reads_values, resize_maps, take_channels
 from .kernels.backends import LabelBackend, find_label_backend
+from .kernels.operators import hides_values
 from .pamr import PAMR
 from .par import PAR
 
@@ -96,8 +97,7 @@ def _find_label_backend(refine: PAMR | PAR | None, counts: Tensor, *maps: Tensor
     """
     if refine is None or not reads_values(counts):
         return None
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by torch.func
-    if any(x.dtype != torch.float32 or wrapped(x) for x in maps):
+    if any(x.dtype != torch.float32 or hides_values(x) for x in maps):
         return None
     return find_label_backend(refine.backend, counts.device)
 

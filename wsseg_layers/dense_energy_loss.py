@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ._checks import (
     check_maps,
@@ -21,7 +20,7 @@ from ._checks import (
 )
 from .kernels import BackendName, bilateral_filter
 from .kernels.filters import check_image
-from .kernels.operators import check_backend, is_traced
+from .kernels.operators import check_backend, has_transforms, is_traced
 
 IGNORED = 255  # the label of pixels whose class is unknown
 
@@ -105,7 +104,7 @@ def dense_energy_loss(
 
 def _multiply_zeros(x: Tensor, y: Tensor) -> Tensor:
     """Return x * y, given zeros that have derivatives."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if has_transforms():
         return x * y
     return _ProductOfZeros.apply(x, y)
 
