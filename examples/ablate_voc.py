@@ -1,4 +1,4 @@
-"""Train the rows of an ablation table of the paper: `python examples/ablate_voc.py --table 1b --data VOC_ROOT`.
+"""Train the rows of an ablation table: `python examples/ablate_voc.py --table 1b --data VOC_ROOT`.
 
 All other arguments are passed to train_voc.py, for every row. Finished rows are not trained again, and an interrupted
 row is resumed: repeat the command until the table is complete.
@@ -58,15 +58,27 @@ TABLES: dict[str, Rows] = {
         "deterministic gate": [*HALF, "--gate", "deterministic"],
     },
     "7": {f"{count} iterations": [*HALF, "--pamr-iterations", count] for count in ("5", "10", "15")},
+    "photographs": {
+        "the preset": [],
+        "EfficientNet-Lite0": ["--backbone", "efficientnet_lite0"],
+        "SGD": ["--optimizer", "sgd", "--lr", "3e-3", "--weight-decay", "5e-4"],
+        "constant learning rate": ["--lr-decay", "0"],
+        "ASPP with dilations 4, 8, 12": ["--aspp-dilations", "4", "8", "12"],
+        "ASPP with the mean of the image": ["--aspp-image-pool"],
+        "no features of stride 8 in the skip": ["--no-skip-stride8"],
+        "no PAMR": ["--pamr-iterations", "0"],
+        "loss of the published code": ["--loss", "published"],
+    },
 }
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """Train the rows of an ablation table of the paper. All other arguments are those of train_voc.py."""
+    """Train the rows of an ablation table. All other arguments are those of train_voc.py."""
 
-    table: Literal["1a", "1b", "1c", "7"]
-    """1a: focal size penalty; 1b: PAMR's kernel; 1c: stochastic gate; 7: PAMR's iterations."""
+    table: Literal["1a", "1b", "1c", "7", "photographs"]
+    """Tables of the paper, 1a: focal size penalty; 1b: PAMR's kernel; 1c: stochastic gate; 7: PAMR's iterations.
+    photographs: the ingredients of the preset of this name, one left out or replaced per row."""
 
     output: Path = Path("runs/ablation")
     """Folder for the runs and the table."""

@@ -33,7 +33,7 @@ from voc.train.batches import AugmentedDataset, GlobalBatches, load_batches
 from voc.train.distribution import GlobalBatchNoise, start_accelerator
 from voc.train.errors import Interrupted, TrainingError
 from voc.train.objective import losses_of
-from voc.train.optimizer import freeze_norm_statistics
+from voc.train.optimizer import MAX_NORM, freeze_norm_statistics
 from voc.train.seeds import mix_seed
 from voc.train.signals import StopRequest, quiet_threads, sigterm_interrupts
 from voc.train.state import HELD_OUT_LOSS, LOSSES, TrainingState, checkpoint_to_resume
@@ -256,6 +256,8 @@ def train_step(state: TrainingState, model: Network, optimizer: torch.optim.Opti
             loss = parts.sum() / len(passes)
             accelerator.backward(loss)
         sums += torch.cat([loss[None], parts / len(passes)]).detach()
+    if settings.optimizer == "adamw":
+        accelerator.clip_grad_norm_(state.network.parameters(), MAX_NORM)
     optimizer.step()
     return sums
 

