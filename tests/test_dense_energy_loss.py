@@ -14,8 +14,6 @@ from wsseg_layers import DenseEnergyLoss
 from wsseg_layers.functional import dense_energy_loss
 from wsseg_layers.kernels import BackendName
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def expected_loss(
     images: Tensor, segmentations: Tensor, rois: Tensor, unlabelled: Tensor, sigmas: tuple[float, float], backend: str

@@ -13,8 +13,6 @@ from tests.strategies import assert_close, dtypes, exact, layouts, map_shapes, s
 from wsseg_layers import PAMR, PAR
 from wsseg_layers.functional import par
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DILATIONS = [1, 2, 4, 8, 12, 24]
 
 dilation_lists = st.lists(st.integers(1, 12), min_size=1, max_size=4)

@@ -13,8 +13,6 @@ from wsseg_layers import PAMR, PAR
 from wsseg_layers.functional import pamr, par
 from wsseg_layers.kernels import BackendName, Variant, pamr_affinity
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 dilation_lists = st.lists(st.integers(1, 12), min_size=1, max_size=3)
 FLOAT32 = {"dtype": torch.float32, "precision": torch.float32}
 

@@ -14,8 +14,6 @@ from wsseg_layers.kernels import VARIANTS, BackendName, VariantName, pamr_affini
 from wsseg_layers.kernels.backends.eager import affinities
 from wsseg_layers.kernels.variants import Variant
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 dilation_lists = st.lists(st.sampled_from([1, 2, 3, 5, 24]), min_size=1, max_size=3)  # some repeat, some pass the image
 variants = st.sampled_from(list(VARIANTS))
 

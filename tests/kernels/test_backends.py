@@ -12,8 +12,6 @@ from tests.strategies import assert_close, exact
 from wsseg_layers import PAMR, kernels
 from wsseg_layers.kernels import backends
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def _one_line_of_the_table() -> Iterator[None]:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from tests import reference
+from tests.forked import run_and_fork
 from tests.strategies import assert_close, exact, layouts, seeds, uniform
 from wsseg_layers.kernels import VARIANTS, VariantName, pamr_affinity, pamr_propagate
 from wsseg_layers.kernels.backends import cpp
@@ -189,7 +190,7 @@ def test_result_is_the_same_for_any_number_of_threads(shape: tuple[int, ...]) ->
 @needs_compiler
 def test_small_maps_need_no_threads() -> None:
     # A forked child has none of its parent's OpenMP threads: opening a parallel region would wait for them forever.
-    code = """import os, sys, torch
+    before = """import os, torch
 from wsseg_layers import PAMR, PAR, DenseCRF
 # The logarithm of probabilities, in PyTorch, starts threads for any size.
 layers = [PAMR(backend="cpp"), PAR(backend="cpp"), DenseCRF(inputs="logits", backend="cpp")]
@@ -203,14 +204,8 @@ refine(3, 8)
 assert len(os.listdir("/proc/self/task")) == before
 refine(2, 100)
 assert len(os.listdir("/proc/self/task")) > before
-child = os.fork()
-if child == 0:
-    refine(1, 8)
-    refine(3, 8)
-    os._exit(0)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_and_fork(before, in_child="refine(1, 8)\nrefine(3, 8)")
 
 
 @needs_compiler

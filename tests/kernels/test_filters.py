@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from tests import reference
+from tests.forked import run_and_fork
 from tests.kernels import toy_backend
 from tests.strategies import CPU_BACKENDS, assert_close, dtypes, exact, layouts, map_shapes, seeds, uniform
 from wsseg_layers.kernels import BackendName, backends, bilateral_filter
@@ -23,7 +24,6 @@ from wsseg_layers.kernels.filters import mean_field
 from wsseg_layers.kernels.gaussians import Gaussian
 
 needs_compiler = pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 few = settings(max_examples=15)
 filters = st.tuples(st.booleans(), st.sampled_from([0.7, 2.3, 11.0]), st.sampled_from([0.05, 0.3, 2.0]), st.booleans())
@@ -149,7 +149,7 @@ def test_bands_of_pixels_share_their_vertices() -> None:
 def test_small_batches_need_no_threads_after_a_fork() -> None:
     # A child has none of its parent's OpenMP threads: opening a parallel region would wait for them forever. (So does
     # PyTorch's own logarithm: that is why these are logits.)
-    code = """import os, sys, torch
+    before = """import torch
 from wsseg_layers import DenseCRF
 from wsseg_layers.kernels import bilateral_filter
 torch.set_num_threads(2)
@@ -158,19 +158,14 @@ def refine(batch, size):
     DenseCRF(2, inputs="logits", backend="cpp")(image, scores)
     bilateral_filter(scores, image, 3.0, backend="cpp")
 refine(2, 200)
-child = os.fork()
-if child == 0:
-    refine(4, 8)
-    os._exit(0)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_and_fork(before, in_child="refine(4, 8)")
 
 
 @needs_compiler
 def test_one_thread_is_enough_after_a_fork() -> None:
     """What docs/faq.md advises; without it, PyTorch waits in the logarithm of the probabilities."""
-    code = """import os, sys, torch
+    before = """import torch
 from wsseg_layers import PAMR, DenseCRF
 torch.set_num_threads(2)
 def refine(size, channels):
@@ -179,15 +174,8 @@ def refine(size, channels):
     for layer in (PAMR(2), DenseCRF(2)):
         layer(image, leaf).sum().backward()
 refine(100, 3)
-child = os.fork()
-if child == 0:
-    torch.set_num_threads(1)
-    refine(8, 3)
-    refine(80, 25)
-    os._exit(0)
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_and_fork(before, in_child="torch.set_num_threads(1)\nrefine(8, 3)\nrefine(80, 25)")
 
 
 @needs_compiler

@@ -10,10 +10,7 @@ from torch import Tensor
 from tests.strategies import seeds
 from wsseg_layers.kernels.backends import cpp, find_label_backend
 
-pytestmark = [
-    pytest.mark.skipif(cpp.unavailable(torch.device("cpu")) is not None, reason="no C++ compiler"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.skipif(cpp.unavailable(torch.device("cpu")) is not None, reason="no C++ compiler")
 
 sides = st.integers(1, 40)
 sizes = st.tuples(sides, sides)

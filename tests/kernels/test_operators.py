@@ -15,8 +15,6 @@ from wsseg_layers import kernels
 from wsseg_layers.kernels import BackendName, VariantName, backends, operators, pamr_affinity, pamr_propagate, variants
 from wsseg_layers.kernels.backends import BACKENDS, find_backend
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SHAPES = [(2, 6, 7, 5), (1, 1, 1, 1), (0, 2, 4, 3), (1, 2, 9, 1)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 

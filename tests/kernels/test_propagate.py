@@ -12,8 +12,6 @@ from tests.strategies import CPU_BACKENDS, assert_close, backends, dtypes, exact
 from wsseg_layers.kernels import BackendName, pamr_affinity, pamr_propagate
 from wsseg_layers.kernels.backends.eager import propagation
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 dilation_lists = st.lists(st.sampled_from([1, 2, 3, 5, 24]), min_size=1, max_size=3)
 
 
