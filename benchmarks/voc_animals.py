@@ -88,7 +88,7 @@ class Method(NamedTuple):
 METHODS = {
     "CAM-GAP": Method("cam", ("--model", "cam"), Grid(CAM_BACKGROUNDS, MIN_PROBABILITIES)),
     "ours": Method(
-        "single_stage", ("--no-baseline",), Grid((1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0), MIN_PROBABILITIES)
+        "single_stage", ("--no-baseline",), Grid((0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), MIN_PROBABILITIES)
     ),
     "ceiling": Method(
         "single_stage",

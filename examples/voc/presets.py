@@ -25,7 +25,7 @@ PHOTOGRAPHS = replace(
     classification_epochs=2,
     crop_size=193,
     classification_crop_size=161,
-    scales=(0.5, 1.0, 1.5),
+    scales=(0.75, 1.25),
     background_power=1.0,
     output=Path("runs/photographs"),
 )
