@@ -60,12 +60,13 @@ TABLES: dict[str, Rows] = {
     "7": {f"{count} iterations": [*HALF, "--pamr-iterations", count] for count in ("5", "10", "15")},
     "photographs": {
         "the preset": [],
-        "EfficientNet-Lite0": ["--backbone", "efficientnet_lite0"],
-        "SGD": ["--optimizer", "sgd", "--lr", "3e-3", "--weight-decay", "5e-4"],
-        "constant learning rate": ["--lr-decay", "0"],
-        "ASPP with dilations 4, 8, 12": ["--aspp-dilations", "4", "8", "12"],
-        "ASPP with the mean of the image": ["--aspp-image-pool"],
-        "no features of stride 8 in the skip": ["--no-skip-stride8"],
+        "EfficientNet-Lite2": ["--backbone", "efficientnet_lite2"],
+        "AdamW": ["--optimizer", "adamw", "--lr", "2e-4", "--weight-decay", "0.02"],
+        "decaying learning rate": ["--lr-decay", "0.9"],
+        "averaged weights": ["--ema-decay", "0.999"],
+        "ASPP with dilations 1, 2, 3": ["--aspp-dilations", "1", "2", "3"],
+        "ASPP without the mean of the image": ["--no-aspp-image-pool"],
+        "features of stride 8 in the skip": ["--skip-stride8"],
         "no PAMR": ["--pamr-iterations", "0"],
         "loss of the published code": ["--loss", "published"],
     },
@@ -78,7 +79,7 @@ class Ablation:
 
     table: Literal["1a", "1b", "1c", "7", "photographs"]
     """Tables of the paper, 1a: focal size penalty; 1b: PAMR's kernel; 1c: stochastic gate; 7: PAMR's iterations.
-    photographs: the ingredients of the preset of this name, one left out or replaced per row."""
+    photographs: the preset of this name, with one setting changed per row."""
 
     output: Path = Path("runs/ablation")
     """Folder for the runs and the table."""
