@@ -16,8 +16,6 @@ from wsseg_layers import PAMR, PAR
 from wsseg_layers.functional import pamr, par
 from wsseg_layers.kernels import BackendName
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DILATIONS = [1, 2]
 Layer = PAMR | PAR
 

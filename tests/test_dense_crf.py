@@ -15,8 +15,6 @@ from wsseg_layers import DenseCRF
 from wsseg_layers.functional import dense_crf
 from wsseg_layers.kernels import BackendName
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 few = settings(max_examples=10)
 backends = st.sampled_from(CPU_BACKENDS)
 # For tiny images in 0 to 1. No pixel lies between two simplices of the lattice, where rounding would choose one.

@@ -12,8 +12,6 @@ from tests.strategies import DTYPES, assert_close, dtypes, exact, layouts, map_s
 from wsseg_layers import GCI
 from wsseg_layers.functional import global_cue_injection
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 Norm = Literal["batch", "instance"]
 NORMS: tuple[Norm, ...] = ("batch", "instance")
 

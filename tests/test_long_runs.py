@@ -33,7 +33,6 @@ def resident_mib() -> float:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory as Linux reports it")
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("layer", STEPS)
 def test_memory_is_flat(layer: str) -> None:
     module, count = STEPS[layer]

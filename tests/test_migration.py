@@ -20,8 +20,6 @@ from tests.strategies import assert_close, exact
 from wsseg_layers import PAMR, PAR
 from wsseg_layers.kernels import Variant
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PAGE = (Path(__file__).parents[1] / "docs/migration.md").read_text()
 D = [1, 2, 4, 8, 12, 24]
 

@@ -8,8 +8,6 @@ from tests.strategies import DTYPES, assert_close, dtypes, exact, layouts, map_s
 from wsseg_layers import nGWPPool
 from wsseg_layers.functional import ngwp_pool
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_smoke(device: torch.device) -> None:
     pool = nGWPPool().to(device)

@@ -17,8 +17,6 @@ from wsseg_layers import PAMR
 from wsseg_layers.functional import pamr
 from wsseg_layers.kernels import VariantName
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DILATIONS = [1, 2, 4, 8, 12, 24]
 OLD_KEYS = ("aff_x.kernel", "aff_m.kernel", "aff_std.kernel")
 VARIANTS = ("pamr", "paper", "par")

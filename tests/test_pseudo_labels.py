@@ -28,8 +28,6 @@ from wsseg_layers.functional import (
 from wsseg_layers.kernels import BackendName
 from wsseg_layers.pseudo_labels import DISCARDS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IGNORE = 255
 DILATIONS = [1, 2]
 Refine = PAMR | PAR | None

@@ -9,8 +9,6 @@ from tests.strategies import DTYPES, assert_close, dtypes, exact, layouts, map_s
 from wsseg_layers import FocalSizePenalty
 from wsseg_layers.functional import focal_size_penalty
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 POWERS = (0, 0.1, 0.5, 1, 1.5, 3)
 
 

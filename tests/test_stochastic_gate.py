@@ -9,8 +9,6 @@ from tests.strategies import assert_close, dtypes, exact, layouts, map_shapes, n
 from wsseg_layers import StochasticGate
 from wsseg_layers.functional import stochastic_gate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 rates = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.9])
 
 

@@ -25,8 +25,6 @@ from wsseg_layers import (
 from wsseg_layers.functional import stochastic_gate
 from wsseg_layers.kernels import bilateral_filter, pamr_affinity, pamr_propagate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IMAGE, MAPS, FEW = torch.rand(2, 3, 6, 7), torch.rand(2, 5, 6, 7), torch.rand(2, 2, 4, 3)
 
 ENERGY = DenseEnergyLoss(1.0, 0.3, 2.0, 1.0)

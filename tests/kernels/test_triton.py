@@ -43,7 +43,6 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 runs_kernels = pytest.mark.skipif(
     not INTERPRETED and not torch.cuda.is_available(), reason="no GPU: run by test_in_the_interpreter"
 )
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 few = settings(max_examples=6 if INTERPRETED else 60)
 # Not square, not a multiple of anything, the border within reach of every pixel, a repeated dilation.
