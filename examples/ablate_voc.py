@@ -23,6 +23,7 @@ from voc.files.whole import write_csv_whole, write_text_whole
 from voc.settings import Settings
 
 TRAIN = Path(__file__).resolve().parent / "train_voc.py"
+PHOTOGRAPHS = ["--preset", "photographs"]
 HALF = ["--mixing-rate", "0.5"]  # Tables 1a, 1b and 7 were made with psi = 0.5
 
 Rows = dict[str, list[str]]
@@ -32,6 +33,19 @@ def kernel_row(dilations: str) -> list[str]:
     """Return the arguments of a row of Table 1b."""
     return [*HALF, "--pamr-dilations", *dilations.split("-")]
 
+
+INGREDIENTS: Rows = {
+    "the preset": [],
+    "EfficientNet-Lite2": ["--backbone", "efficientnet_lite2"],
+    "AdamW": ["--optimizer", "adamw", "--lr", "2e-4", "--weight-decay", "0.02"],
+    "decaying learning rate": ["--lr-decay", "0.9"],
+    "averaged weights": ["--ema-decay", "0.999"],
+    "ASPP with dilations 1, 2, 3": ["--aspp-dilations", "1", "2", "3"],
+    "ASPP without the mean of the image": ["--no-aspp-image-pool"],
+    "features of stride 8 in the skip": ["--skip-stride8"],
+    "no PAMR": ["--pamr-iterations", "0"],
+    "loss of the published code": ["--loss", "published"],
+}
 
 TABLES: dict[str, Rows] = {
     "1a": {
@@ -58,18 +72,7 @@ TABLES: dict[str, Rows] = {
         "deterministic gate": [*HALF, "--gate", "deterministic"],
     },
     "7": {f"{count} iterations": [*HALF, "--pamr-iterations", count] for count in ("5", "10", "15")},
-    "photographs": {
-        "the preset": [],
-        "EfficientNet-Lite2": ["--backbone", "efficientnet_lite2"],
-        "AdamW": ["--optimizer", "adamw", "--lr", "2e-4", "--weight-decay", "0.02"],
-        "decaying learning rate": ["--lr-decay", "0.9"],
-        "averaged weights": ["--ema-decay", "0.999"],
-        "ASPP with dilations 1, 2, 3": ["--aspp-dilations", "1", "2", "3"],
-        "ASPP without the mean of the image": ["--no-aspp-image-pool"],
-        "features of stride 8 in the skip": ["--skip-stride8"],
-        "no PAMR": ["--pamr-iterations", "0"],
-        "loss of the published code": ["--loss", "published"],
-    },
+    "photographs": {name: [*PHOTOGRAPHS, *changes] for name, changes in INGREDIENTS.items()},
 }
 
 
@@ -79,7 +82,7 @@ class Ablation:
 
     table: Literal["1a", "1b", "1c", "7", "photographs"]
     """Tables of the paper, 1a: focal size penalty; 1b: PAMR's kernel; 1c: stochastic gate; 7: PAMR's iterations.
-    photographs: the preset of this name, with one setting changed per row."""
+    photographs: the preset of this name, with one ingredient changed per row."""
 
     output: Path = Path("runs/ablation")
     """Folder for the runs and the table."""

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .backbones import BACKBONES
 from .settings import BackboneName, Settings
 
 PAPER = Settings()
@@ -61,6 +62,6 @@ def preset_settings(preset: str, backbone: BackboneName | None = None) -> Settin
     if preset == "paper":
         return paper_settings(backbone or PAPER.backbone)
     settings = PRESETS[preset]
-    if backbone is not None and not backbone.startswith("efficientnet_lite"):
-        settings = replace(settings, skip_stride8=False)  # the others have no separate features of stride 8
+    if backbone is not None and BACKBONES[backbone].stride8_channels is None:
+        settings = replace(settings, skip_stride8=False)  # the backbone has no features for it
     return settings

@@ -69,7 +69,8 @@ class Settings:
     """Also fuse features of stride 8, not only of stride 4, with the deep features; for EfficientNet-Lite only."""
 
     aspp_dilations: tuple[int, int, int] | None = None
-    """Dilations of ASPP, in pixels of the backbone's last features. Default: the reach of the paper's 12, 24, 36."""
+    """Dilations of ASPP, in pixels of the backbone's last features. Default: 4, 8, 12 for EfficientNet-Lite; 12, 24, 36
+    (the paper) for the other backbones."""
 
     aspp_image_pool: bool = True
     """Give ASPP a branch with the mean of the whole image, as in the paper."""
@@ -137,12 +138,12 @@ class Settings:
     that of --crop-size."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with momentum (the paper), or AdamW, which needs fewer epochs. With AdamW, the rates rise over the first 40
-    steps, and the norm of the gradient is limited to 5."""
+    """SGD with momentum (the paper), or AdamW. With AdamW, the learning rates rise over the first 40 steps, and the
+    norm of the gradient is limited to 5."""
 
     lr: float = 1e-3
     """Learning rate of the backbone. The rate of new weights is 10 times as large. With SGD, biases have twice the rate
-    of weights."""
+    of weights; with a ResNet, they have the same rate."""
 
     baseline_lr: float | None = None
     """Learning rate of the CAM-GAP baseline's backbone. Default: that of --lr."""

@@ -17,8 +17,6 @@ def test_every_row_is_a_command_that_train_voc_takes(
     table: str, rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--table", table, "--output", str(tmp_path), "--epochs", "7", "--dry-run"]
-    if table == "photographs":
-        arguments += ["--preset", "photographs"]
     assert ablate_voc.main(arguments) == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     settings = [parse_arguments(command[2:]) for command in commands]

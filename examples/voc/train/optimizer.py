@@ -8,7 +8,7 @@ from torch import nn
 from ..model import Network
 
 MOMENTUM = 0.9
-WARM_UP = 40  # steps over which the rates of AdamW rise: its first steps are as long as the later ones
+WARM_UP = 40  # steps over which the learning rates of AdamW rise to their full values
 MAX_NORM = 5.0  # of the gradient of all parameters, with AdamW
 NEW_MULTIPLE = 10  # learning rate of weights that start at random, as a multiple of the backbone's
 
@@ -37,7 +37,7 @@ def decay_factor(done: int, total: int, power: float) -> float:
 
 
 def warm_up_factor(done: int) -> float:
-    """Return the factor of AdamW's learning rates after `done` steps: 1 from step `WARM_UP` on."""
+    """Return the factor of AdamW's learning rates after `done` steps: it rises to 1 in `WARM_UP` steps."""
     return min(1.0, (done + 1) / WARM_UP)
 
 
