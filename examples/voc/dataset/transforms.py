@@ -1,7 +1,25 @@
 """Training augmentation (section 4.1), on kornia."""
 
+from typing import Any
+
 import kornia.augmentation as K
+import torch.nn.functional as F
+from kornia.constants import Resample
 from torch import Tensor, nn
+
+
+class RandomResizedCrop(K.RandomResizedCrop):
+    """Kornia's, but images are resized with antialiasing, as in torchvision: small crops are noisy without it."""
+
+    def apply_transform(
+        self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any], transform: Tensor | None = None
+    ) -> Tensor:
+        """Crop and resize one image or mask [1, C, H, W]."""
+        if flags["resample"] == Resample.NEAREST:  # a mask
+            return super().apply_transform(input, params, flags, transform)
+        (left, top), _, (right, bottom), _ = params["src"][0].long().tolist()  # the corners, clockwise
+        crop = input[..., top : bottom + 1, left : right + 1]
+        return F.interpolate(crop, flags["size"], mode="bilinear", antialias=True)
 
 
 class TrainTransform(nn.Module):
@@ -10,7 +28,7 @@ class TrainTransform(nn.Module):
     def __init__(self, crop_size: int) -> None:
         super().__init__()
         self.augment = K.AugmentationSequential(
-            K.RandomResizedCrop((crop_size, crop_size), scale=(0.9, 1.0)),
+            RandomResizedCrop((crop_size, crop_size), scale=(0.9, 1.0), cropping_mode="slice"),
             K.RandomHorizontalFlip(),
             K.ColorJitter(0.3, 0.3, 0.3, 0.1),
         )

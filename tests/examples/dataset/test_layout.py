@@ -73,6 +73,13 @@ def test_image_and_mask_are_augmented_alike() -> None:
     assert flips == {True, False}
 
 
+def test_images_are_antialiased() -> None:
+    stripes = (torch.arange(330) % 2).float().expand(3, 330, -1)  # one pixel wide; the crops are a tenth as wide
+    for _ in range(4):
+        seen, _ = TrainTransform(33)(stripes, torch.zeros(0))
+        assert seen.std() < 0.05
+
+
 def test_labels_from_masks(root: Path) -> None:
     assert class_names(root) == [{"cat", "dog"}, {"person"}]
 
