@@ -1,6 +1,7 @@
 """Self-supervision (section 3.3): pseudo labels from the network's own masks."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wsseg_layers import PAMR
@@ -31,6 +32,8 @@ def labels_from_masks(image: Tensor, masks: Tensor, labels: Tensor, settings: Se
     if settings.pseudo_labels == "crf":
         refined = crf_marginals(image, resize(masks, image.shape[-2:]), present)
     else:
+        if settings.loss == "paper":  # PAMR's own resizing, that of the published code, takes four pixels per pixel
+            image = F.interpolate(image, masks.shape[-2:], mode="bilinear", antialias=True)
         pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, settings.pamr_variant, resize="image")
         refined = pamr(image, masks, classes=present)
     if settings.loss == "published":
