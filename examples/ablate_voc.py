@@ -36,15 +36,13 @@ def kernel_row(dilations: str) -> list[str]:
 
 INGREDIENTS: Rows = {
     "the preset": [],
-    "EfficientNet-Lite0": ["--backbone", "efficientnet_lite0"],
-    "batches of 16": ["--batch-size", "16"],
-    "SGD": ["--optimizer", "sgd", "--lr", "1e-3", "--weight-decay", "5e-4"],
-    "constant learning rate": ["--lr-decay", "0"],
+    "EfficientNet-Lite2": ["--backbone", "efficientnet_lite2"],
+    "AdamW": ["--optimizer", "adamw", "--lr", "2e-4", "--weight-decay", "0.02"],
+    "decaying learning rate": ["--lr-decay", "0.9"],
     "averaged weights": ["--ema-decay", "0.999"],
-    "ASPP with dilations 4, 8, 12": ["--aspp-dilations", "4", "8", "12"],
+    "ASPP with dilations 1, 2, 3": ["--aspp-dilations", "1", "2", "3"],
     "ASPP without the mean of the image": ["--no-aspp-image-pool"],
-    "no features of stride 8 in the skip": ["--no-skip-stride8"],
-    "PAMR with the paper's dilations": ["--pamr-dilations", "1", "2", "4", "8", "12", "24"],
+    "features of stride 8 in the skip": ["--skip-stride8"],
     "no PAMR": ["--pamr-iterations", "0"],
     "loss of the published code": ["--loss", "published"],
 }
