@@ -37,12 +37,14 @@ def kernel_row(dilations: str) -> list[str]:
 INGREDIENTS: Rows = {
     "the preset": [],
     "EfficientNet-Lite2": ["--backbone", "efficientnet_lite2"],
+    "batches of 8": ["--batch-size", "8"],
     "AdamW": ["--optimizer", "adamw", "--lr", "2e-4", "--weight-decay", "0.02"],
     "decaying learning rate": ["--lr-decay", "0.9"],
     "averaged weights": ["--ema-decay", "0.999"],
     "ASPP with dilations 1, 2, 3": ["--aspp-dilations", "1", "2", "3"],
     "ASPP without the mean of the image": ["--no-aspp-image-pool"],
     "features of stride 8 in the skip": ["--skip-stride8"],
+    "PAMR with dilations 1, 2, 4, 8, 12": ["--pamr-dilations", "1", "2", "4", "8", "12"],
     "no PAMR": ["--pamr-iterations", "0"],
     "loss of the published code": ["--loss", "published"],
 }
