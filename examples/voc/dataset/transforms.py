@@ -12,13 +12,17 @@ class RandomResizedCrop(K.RandomResizedCrop):
     """Kornia's, but images are resized with antialiasing, as in torchvision: small crops are noisy without it."""
 
     def apply_transform(
-        self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any], transform: Tensor | None = None
+        self,
+        input: Tensor,
+        params: dict[str, Tensor],
+        flags: dict[str, Any],
+        transform: Tensor | None = None,  # noqa: ARG002  # kornia passes it
     ) -> Tensor:
         """Crop and resize one image or mask [1, C, H, W]."""
-        if flags["resample"] == Resample.NEAREST:  # a mask
-            return super().apply_transform(input, params, flags, transform)
         (left, top), _, (right, bottom), _ = params["src"][0].long().tolist()  # the corners, clockwise
         crop = input[..., top : bottom + 1, left : right + 1]
+        if flags["resample"] == Resample.NEAREST:  # a mask
+            return F.interpolate(crop, flags["size"], mode="nearest-exact")
         return F.interpolate(crop, flags["size"], mode="bilinear", antialias=True)
 
 
