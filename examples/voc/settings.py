@@ -85,9 +85,10 @@ class Settings:
     """Folder of the masks for --supervision masks, one PNG per image; default: those of the data set."""
 
     loss: Literal["paper", "published"] = "paper"
-    """Segmentation loss: `paper` is eq. 21-23, with pseudo labels at mask size. `published` is that of the authors'
-    code: pseudo labels and cross-entropy at crop size, images counted only if the background has a pseudo label too,
-    and the plain mean over images. The preset `paper` uses `published`, because it produced the paper's figures."""
+    """Segmentation loss: `paper` is eq. 21-23, with pseudo labels at mask size, and PAMR compares an antialiased image.
+    `published` is that of the authors' code: the image for PAMR is not antialiased, pseudo labels and cross-entropy are
+    at crop size, images count only if the background has a pseudo label too, and their mean is plain. The preset
+    `paper` uses `published`, because it produced the paper's figures."""
 
     energy_loss: float = 0.0
     """Weight of the dense energy loss (Tang et al., ECCV 2018) of the masks at crop size, in the epochs with

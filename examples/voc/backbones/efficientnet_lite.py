@@ -55,7 +55,8 @@ class SameConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Pad so that the output side is ceil(side / stride), then convolve."""
-        if self.groups > 1 and self.stride == (1, 1) and self.dilation[0] > 1 and input.is_cpu and input.requires_grad:
+        depthwise = self.groups == self.in_channels
+        if depthwise and self.stride == (1, 1) and self.dilation[0] > 1 and input.is_cpu and input.requires_grad:
             return depthwise_by_phases(input, weight, bias, self.dilation[0])  # faster in the backward pass
         padding = []
         for side, kernel, stride, dilation in zip(

@@ -1,6 +1,7 @@
 """Dilated depthwise convolution as undilated ones: the same result, with a faster backward pass on CPUs.
 
-PyTorch's gradients of dilated depthwise convolutions are slow on a CPU, most of all without AVX-512.
+PyTorch's gradients of dilated depthwise convolutions are slow on a CPU, most of all without AVX-512. The grids of
+`split_phases` lie in the batch. `F.pixel_unshuffle` would put them into the channels, which is slower.
 """
 
 import torch
