@@ -65,6 +65,10 @@ class Settings:
     channels: int = 256
     """Width of ASPP and decoder (256 in the paper)."""
 
+    freeze_backbone: bool = False
+    """Train only the weights that start at random in the epochs of --classification-epochs, so that the first masks
+    follow the pre-trained features; with --supervision labels."""
+
     skip_stride8: bool = False
     """Also fuse features of stride 8, not only of stride 4, with the deep features; for EfficientNet-Lite only."""
 

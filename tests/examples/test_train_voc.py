@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from voc.checkpoints import load_trained, read_checkpoint
 from voc.dataset.images import read_image, read_mask, save_mask
 from voc.evaluation.tables import load_iou_csv
 from voc.inference.masks import multi_scale_masks
+from voc.model import build_model
 from voc.train import objective
 from voc.train.batches import AugmentedDataset
 
@@ -380,6 +381,33 @@ def test_two_processes_have_the_losses_of_one(finished: Path, toy_root: Path, tm
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert found["segmentation"] == pytest.approx(expected["segmentation"], rel=1e-3)
     assert expected["segmentation"] > 0
+
+
+def changed_weights(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> set[str]:
+    return {key for key, value in first.items() if value.is_floating_point() and not torch.equal(value, second[key])}
+
+
+@pytest.mark.slow
+def test_a_frozen_backbone(finished: Path, toy_root: Path, tmp_path: Path) -> None:
+    arguments = [*QUICK, "--data", str(toy_root), "--no-baseline", "--keep-checkpoints", "--freeze-backbone"]
+    assert main([*arguments, "--output", str(tmp_path / "one")]) == 0
+    first, second = (weights_of(tmp_path / f"one/single_stage_00{epoch}.pt") for epoch in (1, 2))
+    pretrained = build_model(load_trained(tmp_path / "one/single_stage.pt")[2], 5).state_dict()
+    in_backbone = {key for key in pretrained if key.startswith("backbone.")}
+    assert not changed_weights(pretrained, first) & in_backbone
+    assert changed_weights(pretrained, first) - in_backbone
+    assert changed_weights(first, second) == changed_weights(weights_of(finished / "single_stage_001.pt"), second)
+
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    with started([*arguments, "--output", str(tmp_path / "two")], launcher) as process:
+        printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    one, two = (read_checkpoint(tmp_path / run / "single_stage.pt")["progress"]["history"] for run in ("one", "two"))
+    assert [figures["loss"] for figures in two] == pytest.approx([figures["loss"] for figures in one], rel=1e-4)
+
+    options = ["--epochs", "1", "--supervision", "masks", "--output", str(tmp_path / "masks")]
+    assert main([*arguments, *options]) == 0
+    assert changed_weights(pretrained, weights_of(tmp_path / "masks/single_stage.pt")) & in_backbone
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.overrides import TorchFunctionMode
@@ -35,7 +35,9 @@ def start_accelerator(settings: Settings) -> Accelerator:
     if settings.precision == "fp16" and device.type != "cuda":
         raise ValueError("--precision fp16 needs a CUDA device; bf16 works everywhere")
     precision = "no" if settings.precision == "fp32" else settings.precision
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision)
+    # A frozen backbone has no gradients to share.
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=settings.freeze_backbone)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[parallel])
     shares = accelerator.num_processes * settings.accumulate
     if settings.batch_size % shares:
         raise ValueError(

@@ -23,6 +23,12 @@ def freeze(model: Network) -> None:
             module.requires_grad_(False)
 
 
+def train_backbone(model: Network, trained: bool) -> None:
+    """Turn the gradient of the backbone on or off; what `freeze` turns off stays off."""
+    model.backbone.requires_grad_(trained)
+    freeze(model)
+
+
 def freeze_norm_statistics(model: Network) -> None:
     """Put the pre-trained BatchNorms into eval mode: call it after every `model.train()`."""
     for part in model.frozen_norms():
