@@ -9,28 +9,44 @@ from .settings import BackboneName, Settings
 
 PAPER = Settings()
 
-# With 3,120 photographs and the baseline, training takes 48 minutes on two CPU cores.
+# Chosen on masks of training images. Self-supervision needs good masks to start from: those of a frozen backbone are
+# better than those of one that is trained for classification. Batches are small, because few steps leave blobs.
 PHOTOGRAPHS = replace(
     PAPER,
-    channels=128,
-    epochs=6,
+    backbone="efficientnet_lite2",
+    channels=64,
+    skip_stride8=True,
+    aspp_dilations=(1, 2, 3),
+    aspp_image_pool=False,
+    epochs=4,
     classification_epochs=2,
+    freeze_backbone=True,
+    batch_size=8,
     crop_size=193,
-    scales=(0.5, 1.0, 1.5),
-    background_power=2.0,
+    penalty_lambda=0.1,  # 0.01 makes the masks of small objects too large
+    optimizer="adamw",
+    lr=2e-4,
+    lr_decay=0.9,
+    weight_decay=0.02,
+    pamr_dilations=(1, 2, 4, 8, 12),  # masks of 49 x 49, where the paper's are 81 x 81
+    scales=(0.75, 1.25),
+    background_power=1.5,
+    min_probability=0.3,
     output=Path("runs/photographs"),
 )
 
 # Chosen on toy data drawn with another seed (--seed 1). With so few steps, a high learning rate that decays is best.
 TOY = replace(
-    PHOTOGRAPHS,
+    PAPER,
     channels=64,
     skip_stride8=True,
+    epochs=6,
+    classification_epochs=2,
+    crop_size=129,
+    classification_crop_size=97,
     lr=8e-3,
     baseline_lr=1e-3,  # with 8e-3, CAM-GAP has 6 points less
     lr_decay=0.9,
-    crop_size=129,
-    classification_crop_size=97,
     scales=(0.75, 1.0, 1.5),
     background_power=1.0,
     output=Path("runs/toy"),

