@@ -42,6 +42,7 @@ TOY = replace(
     skip_stride8=True,
     epochs=6,
     classification_epochs=2,
+    freeze_backbone=True,
     crop_size=129,
     classification_crop_size=97,
     lr=8e-3,

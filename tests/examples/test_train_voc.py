@@ -388,7 +388,7 @@ def changed_weights(first: Mapping[str, torch.Tensor], second: Mapping[str, torc
 
 
 @pytest.mark.slow
-def test_a_frozen_backbone(finished: Path, toy_root: Path, tmp_path: Path) -> None:
+def test_a_frozen_backbone(toy_root: Path, tmp_path: Path) -> None:
     arguments = [*QUICK, "--data", str(toy_root), "--no-baseline", "--keep-checkpoints", "--freeze-backbone"]
     assert main([*arguments, "--output", str(tmp_path / "one")]) == 0
     first, second = (weights_of(tmp_path / f"one/single_stage_00{epoch}.pt") for epoch in (1, 2))
@@ -396,7 +396,7 @@ def test_a_frozen_backbone(finished: Path, toy_root: Path, tmp_path: Path) -> No
     in_backbone = {key for key in pretrained if key.startswith("backbone.")}
     assert not changed_weights(pretrained, first) & in_backbone
     assert changed_weights(pretrained, first) - in_backbone
-    assert changed_weights(first, second) == changed_weights(weights_of(finished / "single_stage_001.pt"), second)
+    assert changed_weights(first, second) & in_backbone
 
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     with started([*arguments, "--output", str(tmp_path / "two")], launcher) as process:
