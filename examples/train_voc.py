@@ -33,7 +33,7 @@ from voc.train.batches import AugmentedDataset, GlobalBatches, load_batches
 from voc.train.distribution import GlobalBatchNoise, start_accelerator
 from voc.train.errors import Interrupted, TrainingError
 from voc.train.objective import losses_of
-from voc.train.optimizer import MAX_NORM, freeze_norm_statistics, train_backbone
+from voc.train.optimizer import MAX_NORM, freeze, freeze_norm_statistics
 from voc.train.seeds import mix_seed
 from voc.train.signals import StopRequest, quiet_threads, sigterm_interrupts
 from voc.train.state import HELD_OUT_LOSS, LOSSES, TrainingState, checkpoint_to_resume
@@ -133,7 +133,7 @@ def train(state: TrainingState, data: TrainingData) -> None:
     while state.epoch <= settings.epochs:
         epoch = state.epoch
         augmented = AugmentedDataset(data.train, TrainTransform(crop_size(settings, epoch)))
-        train_backbone(state.network, trained=not freezes_backbone(settings, epoch))
+        freeze(state.network, whole_backbone=freezes_backbone(settings, epoch))
         train_epoch(state, model, optimizer, augmented, writer)
         figures, per_class = measure(state, data, curve_set)
         state.end_epoch(figures)

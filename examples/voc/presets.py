@@ -9,8 +9,9 @@ from .settings import BackboneName, Settings
 
 PAPER = Settings()
 
-# Chosen on masks of training images. Self-supervision needs good masks to start from: those of a frozen backbone are
-# better than those of one that is trained for classification. Batches are small, because few steps leave blobs.
+# Chosen on masks of training images. Self-supervision needs good masks to start from. After classification, those
+# of a frozen backbone are better than those of a trained one. Batches are small because masks stay blobs if there are
+# few steps.
 PHOTOGRAPHS = replace(
     PAPER,
     backbone="efficientnet_lite2",

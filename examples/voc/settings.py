@@ -67,7 +67,7 @@ class Settings:
 
     freeze_backbone: bool = False
     """Train only the weights that start at random in the epochs of --classification-epochs, so that the first masks
-    follow the pre-trained features; with --supervision labels."""
+    follow the pre-trained features. It has no effect with --supervision masks."""
 
     skip_stride8: bool = False
     """Also fuse features of stride 8, not only of stride 4, with the deep features; for EfficientNet-Lite only."""

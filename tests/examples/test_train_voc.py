@@ -30,7 +30,7 @@ from voc.train.batches import AugmentedDataset
 
 QUICK = shlex.split(
     "--preset toy --epochs 2 --classification-epochs 1 --crop-size 65 --classification-crop-size 65 --channels 8 "
-    "--batch-size 4 --scales 1 --refine none --workers 0 --device cpu"
+    "--no-freeze-backbone --batch-size 4 --scales 1 --refine none --workers 0 --device cpu"
 )
 
 

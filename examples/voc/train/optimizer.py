@@ -13,20 +13,15 @@ MAX_NORM = 5.0  # of the gradient of all parameters, with AdamW
 NEW_MULTIPLE = 10  # learning rate of weights that start at random, as a multiple of the backbone's
 
 
-def freeze(model: Network) -> None:
-    """Turn off the gradient of the backbone's first layers and of all its BatchNorms."""
+def freeze(model: Network, whole_backbone: bool = False) -> None:
+    """Turn off the gradient of the backbone's first layers and of all its BatchNorms, or of the whole backbone."""
     backbone = model.backbone
+    backbone.requires_grad_(not whole_backbone)  # an earlier call may have frozen the whole backbone
     for module in backbone.frozen_modules():
         module.requires_grad_(False)
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(False)
-
-
-def train_backbone(model: Network, trained: bool) -> None:
-    """Turn the gradient of the backbone on or off; what `freeze` turns off stays off."""
-    model.backbone.requires_grad_(trained)
-    freeze(model)
 
 
 def freeze_norm_statistics(model: Network) -> None:
