@@ -157,6 +157,11 @@ class Settings:
     """Power of the decay of the learning rates: each step multiplies the initial rates by (1 - steps done / all steps)
     ** power. 0 keeps them (the paper); 0.9 is usual for segmentation."""
 
+    lr_restart: bool = False
+    """Start again with the initial learning rates, and a new state of the optimizer, when self-supervision starts. The
+    decay of --lr-decay and the warm-up of AdamW then run once for the epochs before and once for those after. Has no
+    effect with --supervision masks."""
+
     ema_decay: float = 0.0
     """Decay of the moving average of the weights, below 1: evaluation and inference use the average. 0 uses the weights
     themselves (the paper); 0.999 is an average over about 1000 steps."""

@@ -102,6 +102,29 @@ def test_adamw_warms_up_and_limits_the_gradient(
     assert norms == pytest.approx([1e-3] * 6, rel=1e-2)
 
 
+def test_the_learning_rate_restarts(toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    ages: list[float] = []
+
+    def recorded_step(state: Any, *args: Any) -> torch.Tensor:
+        losses = train_step(state, *args)
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        ages.append(next(iter(state.optimizer.state.values()))["step"].item())
+        return losses
+
+    train_step = train_voc.train_step
+    monkeypatch.setattr(train_voc, "train_step", recorded_step)
+    options = ["--no-baseline", "--optimizer", "adamw", "--lr", "4e-4", "--lr-decay", "1", "--lr-restart"]
+    assert main([*QUICK, "--data", str(toy_root), "--output", str(tmp_path), *options]) == 0
+    once = [4e-4 * (1 + step) / 40 * (1 - step / 3) for step in range(3)]
+    assert rates == pytest.approx([*once, *once])
+    assert ages == [1, 2, 3, 1, 2, 3]
+    rates.clear()
+    options += ["--supervision", "masks"]
+    assert main([*QUICK, "--data", str(toy_root), "--output", str(tmp_path / "masks"), *options]) == 0
+    assert rates == pytest.approx([4e-4 * (1 + step) / 40 * (1 - step / 6) for step in range(6)])
+
+
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(path)["model"]
 

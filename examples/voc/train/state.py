@@ -57,13 +57,24 @@ class TrainingState:
 
     def begin_step(self, steps_per_epoch: int) -> None:
         """Set the learning rates of the next step."""
-        settings = self.settings
-        done = (self.epoch - 1) * steps_per_epoch + self.step
-        factor = decay_factor(done, settings.epochs * steps_per_epoch, settings.lr_decay)
+        settings, epochs = self.settings, self._decay_epochs()
+        done = epochs.index(self.epoch) * steps_per_epoch + self.step
+        if done == 0 and self.epoch > 1:  # AdamW's averages of small gradients would make the first steps too large
+            self.optimizer.state.clear()
+        factor = decay_factor(done, len(epochs) * steps_per_epoch, settings.lr_decay)
         if settings.optimizer == "adamw":
             factor *= warm_up_factor(done)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+
+    def _decay_epochs(self) -> range:
+        """Return the epochs that share one decay of the learning rates with this epoch."""
+        settings = self.settings
+        first, end = 1, settings.epochs + 1
+        if settings.lr_restart and settings.supervision == "labels":
+            restart = min(settings.classification_epochs + 1, end)
+            first, end = (first, restart) if self.epoch < restart else (restart, end)
+        return range(first, end)
 
     def end_step(self, steps_per_epoch: int) -> None:
         """Count the step, and average the weights."""
