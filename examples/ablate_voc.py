@@ -41,6 +41,7 @@ INGREDIENTS: Rows = {
     "batches of 16": ["--batch-size", "16"],
     "SGD": ["--optimizer", "sgd", "--lr", "1e-3", "--weight-decay", "5e-4"],
     "constant learning rate": ["--lr-decay", "0"],
+    "no restart of the learning rate": ["--no-lr-restart"],
     "averaged weights": ["--ema-decay", "0.999"],
     "ASPP with dilations 4, 8, 12": ["--aspp-dilations", "4", "8", "12"],
     "ASPP with the mean of the image": ["--aspp-image-pool"],
@@ -48,6 +49,7 @@ INGREDIENTS: Rows = {
     "size penalty of the paper": ["--penalty-lambda", "0.01"],
     "PAMR with the paper's dilations": ["--pamr-dilations", "1", "2", "4", "8", "12", "24"],
     "no PAMR": ["--pamr-iterations", "0"],
+    "no dense energy loss": ["--energy-loss", "0"],
     "loss of the published code": ["--loss", "published"],
 }
 

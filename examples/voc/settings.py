@@ -96,7 +96,8 @@ class Settings:
 
     energy_loss: float = 0.0
     """Weight of the dense energy loss (Tang et al., ECCV 2018) of the masks at crop size, in the epochs with
-    self-supervision; 0 leaves it out (the paper). AFA uses 0.01, ToCo 0.05; the other arguments are theirs."""
+    self-supervision; 0 leaves it out (the paper). It is a sum over pairs of pixels, so larger crops need a smaller
+    weight. AFA uses 0.01, ToCo 0.05; the other arguments are theirs."""
 
     mixing_rate: float = 0.3
     """Psi of the stochastic gate, eq. 9 (0.3 in the paper); 0 trains without the gate."""
