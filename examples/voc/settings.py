@@ -160,8 +160,8 @@ class Settings:
 
     lr_restart: bool = False
     """Start again with the initial learning rates, and a new state of the optimizer, when self-supervision starts. The
-    decay of --lr-decay and the warm-up of AdamW then run once for the epochs before and once for those after. Has no
-    effect with --supervision masks."""
+    decay of --lr-decay and the warm-up of AdamW then run once for the epochs before and once for those after. It has
+    no effect with --supervision masks."""
 
     ema_decay: float = 0.0
     """Decay of the moving average of the weights, below 1: evaluation and inference use the average. 0 uses the weights

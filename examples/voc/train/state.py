@@ -59,7 +59,7 @@ class TrainingState:
         """Set the learning rates of the next step."""
         settings, epochs = self.settings, self._decay_epochs()
         done = epochs.index(self.epoch) * steps_per_epoch + self.step
-        if done == 0 and self.epoch > 1:  # AdamW's averages of small gradients would make the first steps too large
+        if done == 0 and self.epoch > 1:  # AdamW divides by an average of earlier, small gradients
             self.optimizer.state.clear()
         factor = decay_factor(done, len(epochs) * steps_per_epoch, settings.lr_decay)
         if settings.optimizer == "adamw":
@@ -70,11 +70,11 @@ class TrainingState:
     def _decay_epochs(self) -> range:
         """Return the epochs that share one decay of the learning rates with this epoch."""
         settings = self.settings
-        first, end = 1, settings.epochs + 1
-        if settings.lr_restart and settings.supervision == "labels":
-            restart = min(settings.classification_epochs + 1, end)
-            first, end = (first, restart) if self.epoch < restart else (restart, end)
-        return range(first, end)
+        epochs = range(1, settings.epochs + 1)
+        if not settings.lr_restart or settings.supervision == "masks":
+            return epochs
+        before = settings.classification_epochs  # number of epochs before the restart
+        return epochs[:before] if self.epoch <= before else epochs[before:]
 
     def end_step(self, steps_per_epoch: int) -> None:
         """Count the step, and average the weights."""
