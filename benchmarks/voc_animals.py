@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -65,15 +65,19 @@ TITLES = {"raw": "raw", "pamr": "+ PAMR", "par": "+ PAR", "crf": "+ CRF"}
 PROTOCOL_TITLES = {"own": "classes chosen by the network", "given": "image labels given"}
 PACKAGES = ("torch", "kornia", "accelerate", "pillow")
 
-MIN_PROBABILITIES = (0.1, 0.2, 0.3, 0.5)
+MIN_PROBABILITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
 
-FREE_SETTINGS = ("resume", "device", "workers", "refine")  # they do not change what is trained
+# They do not change what is trained, and the protocol does not use them.
+FREE_SETTINGS = ("resume", "device", "workers", "refine", "background_power", "min_probability")
 
 # A training that takes seconds.
 SMOKE = shlex.split(
     "--preset toy --epochs 2 --classification-epochs 1 --crop-size 65 --classification-crop-size 65 --channels 8 "
     "--batch-size 4 --scales 1 --workers 1"
 )
+
+
+MethodName = Literal["CAM-GAP", "ours", "ceiling"]
 
 
 class Method(NamedTuple):
@@ -85,10 +89,10 @@ class Method(NamedTuple):
 
 
 # CAM-GAP and ours have the same number of choices. Full supervision has only those of the refinement.
-METHODS = {
+METHODS: dict[MethodName, Method] = {
     "CAM-GAP": Method("cam", ("--model", "cam"), Grid(CAM_BACKGROUNDS, MIN_PROBABILITIES)),
     "ours": Method(
-        "single_stage", ("--no-baseline",), Grid((0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), MIN_PROBABILITIES)
+        "single_stage", ("--no-baseline",), Grid((1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0, 13.0), MIN_PROBABILITIES)
     ),
     "ceiling": Method(
         "single_stage",
@@ -108,12 +112,15 @@ class Measured(NamedTuple):
     where: str  # the date, the machine and the versions
 
 
-Results = Mapping[str, Sequence[Measured]]  # by method, one per seed
+Results = Mapping[MethodName, Sequence[Measured]]  # by method, one per seed
 
 
 @dataclass(frozen=True)
 class Comparison:
     """The benchmark's own arguments, after VOC_ROOT."""
+
+    methods: tuple[MethodName, ...] = ("CAM-GAP", "ours", "ceiling")
+    """Rows of the table: the networks to train and to measure."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the trainings."""
@@ -157,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         comparison, data, others = prepare(comparison, root, others)
         results = {
-            name: [run_one(comparison, data, name, seed, others) for seed in comparison.seeds] for name in METHODS
+            name: [run_one(comparison, data, name, seed, others) for seed in comparison.seeds]
+            for name in comparison.methods
         }
         arguments = shlex.join(given).replace(str(data), "VOC_ROOT")
         text = page(comparison, data, arguments if comparison.smoke else f"VOC_ROOT {arguments}".strip(), results)
@@ -177,8 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(comparison: Comparison, root: Path | None, others: Sequence[str]) -> tuple[Comparison, Path, list[str]]:
     """Return the comparison, the root of its data, and the other arguments of every training; wrong ones are errors."""
-    if not comparison.seeds:
-        raise ValueError("--seeds needs at least one seed")
+    for option in ("methods", "seeds"):
+        if not getattr(comparison, option):
+            raise ValueError(f"--{option} needs at least one value")
     if comparison.smoke:
         data = toy_voc(comparison.output / "data", num_train=8, num_val=2)
         classes = ("background", *read_classes(data))
@@ -194,7 +203,7 @@ def prepare(comparison: Comparison, root: Path | None, others: Sequence[str]) ->
     return comparison, root, list(others)
 
 
-def run_one(comparison: Comparison, data: Path, name: str, seed: int, others: Sequence[str]) -> Measured:
+def run_one(comparison: Comparison, data: Path, name: MethodName, seed: int, others: Sequence[str]) -> Measured:
     """Return the numbers of one network, from its record or after `train_and_measure`."""
     method = METHODS[name]
     folder = comparison.output / f"{name.lower()}_{seed}"
@@ -229,7 +238,7 @@ def run_one(comparison: Comparison, data: Path, name: str, seed: int, others: Se
 def train_and_measure(
     comparison: Comparison,
     data: Path,
-    name: str,
+    name: MethodName,
     settings: Settings,
     arguments: Sequence[str],
     question: Mapping[str, Any],
@@ -251,9 +260,8 @@ def train_and_measure(
         return load_trained(folder / f"{method.model}.pt").model.to(choose_device(settings.device))
 
     def choose() -> Any:
-        names = [column for column in comparison.columns if column != "crf"]
         chosen = voc_protocol.choose(
-            network(), load_set(settings, data, "train"), settings.scales, method.grid, names, rows
+            network(), load_set(settings, data, "train"), settings.scales, method.grid, comparison.columns, rows
         )
         return {protocol: choice._asdict() for protocol, choice in chosen.items()}
 
@@ -312,7 +320,7 @@ def load_choice(stored: Mapping[str, Any]) -> Choice:
     refinements = {
         name: Refinement(num_iter, tuple(dilations)) for name, (num_iter, dilations) in stored["refinements"].items()
     }
-    return Choice(Cut(*stored["cut"]), refinements)
+    return Choice(Cut(*stored["cut"]), refinements, stored["backgrounds"])
 
 
 def remembered(path: Path, question: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
@@ -349,7 +357,7 @@ def page(comparison: Comparison, data: Path, command: str, results: Results) -> 
     rows = [classes.index(name) for name in comparison.table_classes]
     columns = ["raw", *comparison.columns]
     seeds = ", ".join(map(str, comparison.seeds))
-    per_class = {
+    per_class: dict[str, Tensor] = {
         name: torch.stack([one.iou["own"]["raw"] for one in runs]).mean(dim=0) for name, runs in results.items()
     }
     hours = {
@@ -379,7 +387,7 @@ deviation. {what}
 
 Ceiling is full supervision: the same network, trained on the masks of the training images for as many steps. CAM-GAP
 has the same backbone, images, image-level labels, augmentation, optimiser and epochs as ours. Ratio and difference are
-those of each seed.
+those of each seed. `--methods` may have left out rows.
 
 ## IoU per class
 
@@ -390,7 +398,8 @@ Raw masks, classes chosen by the network, mean over seeds.
 ## Choices
 
 Every choice is made for each network on the masks of the {num_train} images of the split `train`, by the mean IoU of
-the raw masks and then of the refined ones. No choice is made on validation images. The grids:
+the raw masks and then of the refined ones. The background is chosen for the raw masks and again for each refinement. No
+choice is made on validation images. The grids:
 
 - CAM-GAP's background score: {numbers(METHODS["CAM-GAP"].grid.backgrounds)}; the power of our background's mask:
   {numbers(METHODS["ours"].grid.backgrounds)}. Both: the lowest probability of a class that the network chooses:
@@ -429,13 +438,15 @@ def headline_table(columns: Sequence[str], rows: Sequence[int], results: Results
             name: [[mean_iou(one.iou[protocol][column], rows) for one in runs] for column in columns]
             for name, runs in results.items()
         }
-        pairs = {
+        pairs: dict[str, tuple[MethodName, MethodName, Callable[[float, float], float], int]] = {
             "ours / ceiling": ("ours", "ceiling", ratio, 2),
             "ours - CAM-GAP": ("ours", "CAM-GAP", difference, 1),
         }
         lines.append([f"*{PROTOCOL_TITLES[protocol]}*", *[""] * len(columns)])
         lines += [[name, *(spread(seeds, 1) for seeds in by_column)] for name, by_column in means.items()]
         for title, (one, other, compare, digits) in pairs.items():
+            if one not in results or other not in results:
+                continue
             cells = [
                 spread([compare(*pair) for pair in zip(first, second, strict=True)], digits)
                 for first, second in zip(means[one], means[other], strict=True)
@@ -462,16 +473,23 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def choice_table(comparison: Comparison, results: Results) -> str:
     """Return what was chosen for every network: numbers of its `Choice`."""
-    names = [column for column in comparison.columns if column != "crf"]
-    lines = [["network", "seed", "classes", "background", "lowest probability", *(TITLES[name] for name in names)]]
+    columns = comparison.columns
+    lines = [["network", "seed", "classes", "lowest probability", "raw", *(TITLES[column] for column in columns)]]
     for method, runs in results.items():
         for seed, run in zip(comparison.seeds, runs, strict=True):
-            for protocol, (cut, refinements) in run.choices.items():
+            for protocol, (cut, refinements, backgrounds) in run.choices.items():
                 lowest = f"{cut.min_probability:g}" if protocol == "own" else ""
-                refined = (f"{refinements[name].num_iter} x {max(refinements[name].dilations)}" for name in names)
-                lines.append([method, str(seed), protocol, f"{cut.background:g}", lowest, *refined])
-    caption = "Of PAMR and PAR: iterations x the largest dilation. Classes: `own` by the network, `given` by labels."
-    return f"{caption}\n\n{markdown(lines)}" if names else markdown(lines)
+                cells = [f"{cut.background:g}"]
+                for column in columns:
+                    cell = f"{backgrounds[column]:g}"
+                    if column != "crf":
+                        cell += f"; {refinements[column].num_iter} x {max(refinements[column].dilations)}"
+                    cells.append(cell)
+                lines.append([method, str(seed), protocol, lowest, *cells])
+    return f"""A column has the background's power or score; PAMR and PAR also have iterations x the largest dilation.
+Classes: `own` by the network, `given` by labels.
+
+{markdown(lines)}"""
 
 
 if __name__ == "__main__":

@@ -53,10 +53,14 @@ class Refinement(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What was chosen for one protocol."""
+    """What was chosen for one protocol.
+
+    `cut` is that of the raw masks. Before a refinement, the background has the power or score in `backgrounds`.
+    """
 
     cut: Cut
     refinements: dict[RefinementName, Refinement]
+    backgrounds: dict[ColumnName, float]
 
 
 REFINEMENTS = tuple(Refinement(*settings) for settings in product(ITERATIONS, DILATIONS))
@@ -77,6 +81,10 @@ class Candidates(NamedTuple):
         num_iter, dilations = refinement
         layer = PAMR(num_iter, dilations) if name == "pamr" else PAR(dilations, num_iter)
         return self._replace(masks=layer(image[None], self.masks[None])[0])
+
+    def column(self, image: Tensor, name: ColumnName, refinements: Mapping[RefinementName, Refinement]) -> "Candidates":
+        """Return the candidates after the refinement of a column."""
+        return self.refine_by_crf(image) if name == "crf" else self.refine(image, name, refinements[name])
 
     def refine_by_crf(self, image: Tensor) -> "Candidates":
         """Return the candidates after the dense CRF, which has the settings of the paper's authors."""
@@ -144,12 +152,13 @@ def choose(
     dataset: VOCDataset,
     scales: Sequence[float],
     grid: Grid,
-    names: Sequence[RefinementName],
+    columns: Sequence[ColumnName],
     rows: Sequence[int],
 ) -> dict[ProtocolName, Choice]:
     """Return the settings with the highest mean IoU of the classes `rows` on a set of training images.
 
-    The background and the cut are those that suit the raw masks. Iterations and dilations follow with these settings.
+    First, the background and the lowest probability are chosen for the raw masks. Iterations and dilations follow with
+    these settings, and then the background of every column.
     """
     cuts = {
         "own": [Cut(*values) for values in product(*grid)],
@@ -160,15 +169,30 @@ def choose(
         for (protocol, cut), count in raw.items():
             count.add(candidates(model, masks, probabilities[protocol], cut).classify(), sample.mask)
     chosen = {protocol: max(cuts[protocol], key=lambda cut: raw[protocol, cut].mean(rows)) for protocol in PROTOCOLS}
+    names: list[RefinementName] = [column for column in columns if column != "crf"]
     refined = {key: Count(dataset) for key in product(PROTOCOLS, names, REFINEMENTS)}
     for sample, masks, probabilities in see(model, dataset, scales, "choosing the refinement") if names else ():
         for (protocol, name, refinement), count in refined.items():
             found = candidates(model, masks, probabilities[protocol], chosen[protocol])
             count.add(found.refine(sample.image, name, refinement).classify(), sample.mask)
+    refinements = {
+        protocol: {name: max(REFINEMENTS, key=lambda one: refined[protocol, name, one].mean(rows)) for name in names}
+        for protocol in PROTOCOLS
+    }
+    by_background = {key: Count(dataset) for key in product(PROTOCOLS, columns, grid.backgrounds)}
+    for sample, masks, probabilities in see(model, dataset, scales, "choosing the backgrounds") if columns else ():
+        for (protocol, column, background), count in by_background.items():
+            cut = chosen[protocol]._replace(background=background)
+            found = candidates(model, masks, probabilities[protocol], cut)
+            count.add(found.column(sample.image, column, refinements[protocol]).classify(), sample.mask)
     return {
         protocol: Choice(
             chosen[protocol],
-            {name: max(REFINEMENTS, key=lambda one: refined[protocol, name, one].mean(rows)) for name in names},
+            refinements[protocol],
+            {
+                column: max(grid.backgrounds, key=lambda one: by_background[protocol, column, one].mean(rows))
+                for column in columns
+            },
         )
         for protocol in PROTOCOLS
     }
@@ -184,13 +208,11 @@ def measure(
     """Return the IoU per class [C + 1] in percent of every protocol, of the raw masks and of every column."""
     counts = {protocol: {column: Count(dataset) for column in ("raw", *columns)} for protocol in PROTOCOLS}
     for sample, masks, probabilities in see(model, dataset, scales, "measuring"):
-        for protocol, (cut, refinements) in choices.items():
-            found = candidates(model, masks, probabilities[protocol], cut)
-            by_column: dict[str, Candidates] = {"raw": found}
-            for name, refinement in refinements.items():
-                by_column[name] = found.refine(sample.image, name, refinement)
-            if "crf" in columns:
-                by_column["crf"] = found.refine_by_crf(sample.image)
-            for column, masks_of_column in by_column.items():
-                counts[protocol][column].add(masks_of_column.classify(), sample.mask)
+        for protocol, (cut, refinements, backgrounds) in choices.items():
+            raw = candidates(model, masks, probabilities[protocol], cut)
+            counts[protocol]["raw"].add(raw.classify(), sample.mask)
+            for column in columns:
+                found = candidates(model, masks, probabilities[protocol], cut._replace(background=backgrounds[column]))
+                refined = found.column(sample.image, column, refinements)
+                counts[protocol][column].add(refined.classify(), sample.mask)
     return {protocol: {column: count.iou() for column, count in found.items()} for protocol, found in counts.items()}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,8 +23,8 @@ from voc.model import CAMNet, Output
 
 from benchmarks import voc_animals, voc_protocol
 from benchmarks.processor import cpu_model
-from benchmarks.voc_animals import Measured
-from benchmarks.voc_protocol import Choice, Cut, Grid, ProtocolName, Refinement, choose, measure
+from benchmarks.voc_animals import Measured, MethodName
+from benchmarks.voc_protocol import Choice, ColumnName, Cut, Grid, ProtocolName, Refinement, choose, measure
 from tests import reference
 
 
@@ -107,6 +107,11 @@ def refined_by_hand(image: Tensor, masks: Tensor, name: str, refinement: Refinem
     return torch.from_numpy(refined[0])
 
 
+def crf_by_hand(image: Tensor, masks: Tensor) -> Tensor:
+    kept = masks.sum(dim=(1, 2)) > 0
+    return crf_marginals(image[None], masks[None], kept[None])[0]
+
+
 def samples_of(dataset: VOCDataset) -> list[Sample]:
     return [dataset[index] for index in range(len(dataset))]
 
@@ -120,39 +125,53 @@ def test_choices_have_the_highest_mean_iou_of_the_grid(
     grid = Grid((0.1, 0.3, 0.6), (0.1, 0.2)) if is_cam else Grid((1.0, 1.7, 2.5), (0.1, 0.2))
     network: Any = PixelwiseCAM() if is_cam else Pixelwise()
     rows = [0, 2, 3, 5]
-    found = choose(network, dataset, (1.0,), grid, ["pamr"], rows)
+    found = choose(network, dataset, (1.0,), grid, ["pamr", "crf"], rows)
 
-    def mean(cut: Cut, given: bool, refinement: Refinement | None = None) -> float:
+    def mean(cut: Cut, given: bool, refinement: Refinement | Literal["crf"] | None = None) -> float:
         pairs = []
         for sample in samples_of(dataset):
             masks = masks_by_hand(sample.image, sample.labels, is_cam, cut, given)
-            if refinement is not None:
+            if refinement == "crf":
+                masks = crf_by_hand(sample.image, masks)
+            elif refinement is not None:
                 masks = refined_by_hand(sample.image, masks, "pamr", refinement)
             pairs.append((masks.argmax(dim=0), sample.mask))
         return iou(pairs, rows).nanmean().item()
 
     for protocol, given in (("own", False), ("given", True)):
-        cut, chosen = found[protocol]  # type: ignore[index]
+        cut, chosen, backgrounds = found[protocol]  # type: ignore[index]
         means = {one: mean(one, given) for one in (Cut(*values) for values in itertools.product(*grid))}
         assert len({round(value, 3) for value in means.values()}) > 2  # the choice matters
         assert mean(cut, given) == pytest.approx(max(means.values()), abs=1e-9)
         refined = {one: mean(cut, given, one) for one in refinements}
+        by_column: dict[ColumnName, Refinement | Literal["crf"]] = {"pamr": chosen["pamr"], "crf": "crf"}
         assert refined[chosen["pamr"]] == pytest.approx(max(refined.values()), abs=1e-9)
+        for column, refinement in by_column.items():
+            means_of_column = {one: mean(cut._replace(background=one), given, refinement) for one in grid.backgrounds}
+            assert len({round(value, 3) for value in means_of_column.values()}) > 1
+            found_background = means_of_column[backgrounds[column]]
+            assert found_background == pytest.approx(max(means_of_column.values()), abs=1e-9)
 
 
 def test_measured_columns(dataset: VOCDataset) -> None:
     choices: dict[ProtocolName, Choice] = {
-        "own": Choice(Cut(2.0, 0.2), {"pamr": Refinement(2, (1, 3)), "par": Refinement(1, (2,))}),
-        "given": Choice(Cut(1.0, 0.5), {"pamr": Refinement(1, (1,)), "par": Refinement(2, (1, 2))}),
+        "own": Choice(
+            Cut(2.0, 0.2), {"pamr": Refinement(2, (1, 3)), "par": Refinement(1, (2,))}, {"pamr": 1.0, "par": 2.5}
+        ),
+        "given": Choice(
+            Cut(1.0, 0.5), {"pamr": Refinement(1, (1,)), "par": Refinement(2, (1, 2))}, {"pamr": 2.0, "par": 1.0}
+        ),
     }
     network: Any = Pixelwise()
     found = measure(network, dataset, (1.0,), choices, ["pamr", "par"])
-    for protocol, (cut, refinements) in choices.items():
+    for protocol, (cut, refinements, backgrounds) in choices.items():
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {"raw": [], "pamr": [], "par": []}
         for sample in samples_of(dataset):
             masks = masks_by_hand(sample.image, sample.labels, False, cut, given=protocol == "given")
             pairs["raw"].append((masks.argmax(dim=0), sample.mask))
             for name, refinement in refinements.items():
+                background = cut._replace(background=backgrounds[name])
+                masks = masks_by_hand(sample.image, sample.labels, False, background, given=protocol == "given")
                 refined = refined_by_hand(sample.image, masks, name, refinement)
                 pairs[name].append((refined.argmax(dim=0), sample.mask))
         assert list(found[protocol]) == list(pairs)
@@ -161,16 +180,18 @@ def test_measured_columns(dataset: VOCDataset) -> None:
 
 
 def test_column_of_the_crf(dataset: VOCDataset) -> None:
-    choices: dict[ProtocolName, Choice] = {"own": Choice(Cut(2.0, 0.2), {}), "given": Choice(Cut(1.0, 0.5), {})}
+    choices: dict[ProtocolName, Choice] = {
+        "own": Choice(Cut(2.0, 0.2), {}, {"crf": 1.3}),
+        "given": Choice(Cut(1.0, 0.5), {}, {"crf": 0.6}),
+    }
     network: Any = Pixelwise()
     found = measure(network, dataset, (1.0,), choices, ["crf"])
-    for protocol, (cut, _) in choices.items():
+    for protocol, (cut, _, backgrounds) in choices.items():
+        cut = cut._replace(background=backgrounds["crf"])
         pairs = []
         for sample in samples_of(dataset):
             masks = masks_by_hand(sample.image, sample.labels, False, cut, given=protocol == "given")
-            kept = masks.sum(dim=(1, 2)) > 0
-            marginals = crf_marginals(sample.image[None], masks[None], kept[None])[0]
-            pairs.append((marginals.argmax(dim=0), sample.mask))
+            pairs.append((crf_by_hand(sample.image, masks).argmax(dim=0), sample.mask))
         torch.testing.assert_close(found[protocol]["crf"], iou(pairs, range(6)), equal_nan=True)
 
 
@@ -182,7 +203,7 @@ def test_cam_gap_and_ours_have_as_many_choices() -> None:
 
 def measured(own: Sequence[float], given: Sequence[float]) -> Measured:
     """Return results of two classes whose IoU is the same."""
-    choice = Choice(Cut(2.0, 0.3), {"pamr": Refinement(10, (1, 24))})
+    choice = Choice(Cut(2.0, 0.3), {"pamr": Refinement(10, (1, 24))}, {"pamr": 3.0})
     columns = ("raw", "pamr")
     iou_of = {
         protocol: {column: torch.full((2,), float(value)) for column, value in zip(columns, values, strict=True)}
@@ -192,7 +213,7 @@ def measured(own: Sequence[float], given: Sequence[float]) -> Measured:
 
 
 def test_the_table_has_mean_and_spread_over_seeds() -> None:
-    results = {
+    results: dict[MethodName, list[Measured]] = {
         "CAM-GAP": [measured([30, 31], [40, 41]), measured([34, 35], [40, 41])],
         "ours": [measured([45, 48], [50, 51]), measured([51, 54], [50, 51])],
         "ceiling": [measured([60, 60], [80, 80]), measured([60, 60], [100, 100])],
@@ -269,6 +290,18 @@ def test_finished_runs_are_not_repeated(finished: Path, monkeypatch: pytest.Monk
     assert tables[0] == tables[1]
 
 
+def test_a_table_of_some_methods(finished: Path, tmp_path: Path) -> None:
+    records = ["--records", str(finished / "records")]
+    assert voc_animals.main([*QUICK, "--output", str(tmp_path), *records, "--methods", "ours", "CAM-GAP"]) == 0
+    lines = (tmp_path / "voc_animals.md").read_text().splitlines()
+    whole = (finished / "voc_animals.md").read_text().splitlines()
+    rows = {name: [line for line in lines if line.startswith(f"| {name} |")] for name in ("CAM-GAP", "ours", "ceiling")}
+    assert not rows["ceiling"]
+    assert all(len(rows[name]) >= 4 and set(rows[name]) <= set(whole) for name in ("CAM-GAP", "ours"))
+    assert not any("ours / ceiling" in line for line in lines)
+    assert [line for line in lines if "ours - CAM-GAP" in line] == [line for line in whole if "ours - CAM-GAP" in line]
+
+
 def test_runs_of_another_machine_are_not_repeated(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,7 +360,8 @@ def test_an_interrupted_training_goes_on(finished: Path, tmp_path: Path, monkeyp
         (["{missing}"], "data folder not found: {missing}"),
         (["--smoke", "--checkpoint", "best"], "--checkpoint best chooses an epoch on validation images"),
         ([*QUICK, "--output", "{finished}", "--lr", "0.5"], "has --lr 0.008, not 0.5: give another --output"),
-        (["--smoke", "--output", "{new}", "--seeds"], "--seeds needs at least one seed"),
+        (["--smoke", "--output", "{new}", "--seeds"], "--seeds needs at least one value"),
+        (["--smoke", "--output", "{new}", "--methods"], "--methods needs at least one value"),
     ],
 )
 def test_errors_are_one_line(

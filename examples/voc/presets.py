@@ -33,8 +33,8 @@ PHOTOGRAPHS = replace(
     energy_loss=1.0,
     pamr_dilations=(1, 2, 4, 8, 12),  # masks of 49 x 49, where the paper's are 81 x 81
     scales=(0.75, 1.25),
-    background_power=2.0,
-    min_probability=0.3,
+    background_power=4.0,
+    min_probability=0.5,
     output=Path("runs/photographs"),
 )
 
