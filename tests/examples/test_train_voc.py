@@ -411,6 +411,29 @@ def changed_weights(first: Mapping[str, torch.Tensor], second: Mapping[str, torc
 
 
 @pytest.mark.slow
+def test_a_frozen_run_with_a_restart_goes_on(toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--freeze-backbone", "--optimizer", "adamw", "--lr-decay", "0.9", "--lr-restart"]
+    arguments = [*QUICK, "--data", str(toy_root), "--no-baseline", *options]
+    assert main([*arguments, "--output", str(tmp_path / "whole")]) == 0
+    steps = []
+
+    def counted_step(*args: Any) -> torch.Tensor:
+        steps.append(None)
+        if len(steps) in (2, 4):  # in the frozen epoch, and in the first step after the restart
+            signal.raise_signal(signal.SIGINT)
+        return train_step(*args)
+
+    train_step = train_voc.train_step
+    monkeypatch.setattr(train_voc, "train_step", counted_step)
+    assert main([*arguments, "--output", str(tmp_path / "parts")]) == 130
+    assert main(["--resume", str(tmp_path / "parts")]) == 130
+    progress = read_checkpoint(tmp_path / "parts/single_stage.pt")["progress"]
+    assert (progress["epoch"], progress["step"]) == (2, 1)
+    assert main(["--resume", str(tmp_path / "parts")]) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
 def test_a_frozen_backbone(toy_root: Path, tmp_path: Path) -> None:
     arguments = [*QUICK, "--data", str(toy_root), "--no-baseline", "--keep-checkpoints", "--freeze-backbone"]
     assert main([*arguments, "--output", str(tmp_path / "one")]) == 0
