@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from voc.model import CAMNet, Network
 
 from wsseg_layers import PAMR, PAR
 
-RefinementName = Literal["pamr", "par"]  # with settings to choose
 ColumnName = Literal["pamr", "par", "crf"]
 ProtocolName = Literal["own", "given"]
 
@@ -59,7 +58,7 @@ class Choice(NamedTuple):
     """
 
     cut: Cut
-    refinements: dict[RefinementName, Refinement]
+    refinements: dict[ColumnName, Refinement]
     backgrounds: dict[ColumnName, float]
 
 
@@ -76,15 +75,11 @@ class Candidates(NamedTuple):
         """Return the class index of the highest mask at every pixel, [H, W]."""
         return torch.tensor(self.classes, device=self.masks.device)[self.masks.argmax(dim=0)]
 
-    def refine(self, image: Tensor, name: RefinementName, refinement: Refinement) -> "Candidates":
+    def refine(self, image: Tensor, name: ColumnName, refinement: Refinement) -> "Candidates":
         """Return the candidates after PAMR or PAR, with an image [3, H, W] of the size of the masks."""
         num_iter, dilations = refinement
         layer = PAMR(num_iter, dilations) if name == "pamr" else PAR(dilations, num_iter)
         return self._replace(masks=layer(image[None], self.masks[None])[0])
-
-    def column(self, image: Tensor, name: ColumnName, refinements: Mapping[RefinementName, Refinement]) -> "Candidates":
-        """Return the candidates after the refinement of a column."""
-        return self.refine_by_crf(image) if name == "crf" else self.refine(image, name, refinements[name])
 
     def refine_by_crf(self, image: Tensor) -> "Candidates":
         """Return the candidates after the dense CRF, which has the settings of the paper's authors."""
@@ -127,12 +122,33 @@ class Count:
         return mean_iou(self.iou(), rows)
 
 
-class Seen(NamedTuple):
-    """An image, its masks [C + 1, H, W] and, by protocol, the probabilities [C] of its classes."""
+class Seen:
+    """An image and its masks, and the classes of its pixels after every cut and refinement that was asked for."""
 
-    sample: Sample
-    masks: Tensor
-    probabilities: dict[ProtocolName, Tensor]
+    def __init__(self, model: Network, sample: Sample, scales: Sequence[float]) -> None:
+        self.model = model
+        self.sample = sample
+        self.masks, probabilities = multi_scale_masks(model, sample.image, scales)
+        self.probabilities: dict[ProtocolName, Tensor] = {"own": probabilities, "given": sample.labels}
+        self.known: dict[Any, Tensor] = {}
+
+    def classify(
+        self, protocol: ProtocolName, cut: Cut, column: ColumnName | None = None, refinement: Refinement | None = None
+    ) -> Tensor:
+        """Return the class indices [H, W] of the raw masks, or of those of a column. The CRF needs no `refinement`."""
+        probabilities = self.probabilities[protocol]
+        # The classes of both protocols, and of several cuts, are often the same.
+        kept = tuple((probabilities >= cut.min_probability).tolist())
+        key = (kept, cut.background, column, refinement)
+        if key not in self.known:
+            found = candidates(self.model, self.masks, probabilities, cut)
+            if column == "crf":
+                found = found.refine_by_crf(self.sample.image)
+            elif column is not None:
+                assert refinement is not None, f"{column} has no settings"
+                found = found.refine(self.sample.image, column, refinement)
+            self.known[key] = found.classify()
+        return self.known[key]
 
 
 @torch.no_grad()
@@ -143,8 +159,7 @@ def see(model: Network, dataset: VOCDataset, scales: Sequence[float], descriptio
     for index in tqdm(range(len(dataset)), description, unit="image", leave=False):
         sample = dataset[index]
         sample = sample._replace(**{key: getattr(sample, key).to(device) for key in ("image", "labels", "mask")})
-        masks, probabilities = multi_scale_masks(model, sample.image, scales)
-        yield Seen(sample, masks, {"own": probabilities, "given": sample.labels})
+        yield Seen(model, sample, scales)
 
 
 def choose(
@@ -165,26 +180,25 @@ def choose(
         "given": [Cut(background, 0.5) for background in grid.backgrounds],  # labels are 0 or 1
     }
     raw = {(protocol, cut): Count(dataset) for protocol in PROTOCOLS for cut in cuts[protocol]}
-    for sample, masks, probabilities in see(model, dataset, scales, "choosing the cut"):
+    for seen in see(model, dataset, scales, "choosing the cut"):
         for (protocol, cut), count in raw.items():
-            count.add(candidates(model, masks, probabilities[protocol], cut).classify(), sample.mask)
+            count.add(seen.classify(protocol, cut), seen.sample.mask)
     chosen = {protocol: max(cuts[protocol], key=lambda cut: raw[protocol, cut].mean(rows)) for protocol in PROTOCOLS}
-    names: list[RefinementName] = [column for column in columns if column != "crf"]
+    names: list[ColumnName] = [column for column in columns if column != "crf"]
     refined = {key: Count(dataset) for key in product(PROTOCOLS, names, REFINEMENTS)}
-    for sample, masks, probabilities in see(model, dataset, scales, "choosing the refinement") if names else ():
+    for seen in see(model, dataset, scales, "choosing the refinement") if names else ():
         for (protocol, name, refinement), count in refined.items():
-            found = candidates(model, masks, probabilities[protocol], chosen[protocol])
-            count.add(found.refine(sample.image, name, refinement).classify(), sample.mask)
+            count.add(seen.classify(protocol, chosen[protocol], name, refinement), seen.sample.mask)
     refinements = {
         protocol: {name: max(REFINEMENTS, key=lambda one: refined[protocol, name, one].mean(rows)) for name in names}
         for protocol in PROTOCOLS
     }
     by_background = {key: Count(dataset) for key in product(PROTOCOLS, columns, grid.backgrounds)}
-    for sample, masks, probabilities in see(model, dataset, scales, "choosing the backgrounds") if columns else ():
+    for seen in see(model, dataset, scales, "choosing the backgrounds") if columns else ():
         for (protocol, column, background), count in by_background.items():
             cut = chosen[protocol]._replace(background=background)
-            found = candidates(model, masks, probabilities[protocol], cut)
-            count.add(found.column(sample.image, column, refinements[protocol]).classify(), sample.mask)
+            predicted = seen.classify(protocol, cut, column, refinements[protocol].get(column))
+            count.add(predicted, seen.sample.mask)
     return {
         protocol: Choice(
             chosen[protocol],
@@ -207,12 +221,11 @@ def measure(
 ) -> dict[ProtocolName, dict[str, Tensor]]:
     """Return the IoU per class [C + 1] in percent of every protocol, of the raw masks and of every column."""
     counts = {protocol: {column: Count(dataset) for column in ("raw", *columns)} for protocol in PROTOCOLS}
-    for sample, masks, probabilities in see(model, dataset, scales, "measuring"):
+    for seen in see(model, dataset, scales, "measuring"):
         for protocol, (cut, refinements, backgrounds) in choices.items():
-            raw = candidates(model, masks, probabilities[protocol], cut)
-            counts[protocol]["raw"].add(raw.classify(), sample.mask)
+            counts[protocol]["raw"].add(seen.classify(protocol, cut), seen.sample.mask)
             for column in columns:
-                found = candidates(model, masks, probabilities[protocol], cut._replace(background=backgrounds[column]))
-                refined = found.column(sample.image, column, refinements)
-                counts[protocol][column].add(refined.classify(), sample.mask)
+                with_background = cut._replace(background=backgrounds[column])
+                predicted = seen.classify(protocol, with_background, column, refinements.get(column))
+                counts[protocol][column].add(predicted, seen.sample.mask)
     return {protocol: {column: count.iou() for column, count in found.items()} for protocol, found in counts.items()}

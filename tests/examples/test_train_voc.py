@@ -415,7 +415,7 @@ def test_a_frozen_run_with_a_restart_goes_on(toy_root: Path, tmp_path: Path, mon
     options = ["--freeze-backbone", "--optimizer", "adamw", "--lr-decay", "0.9", "--lr-restart"]
     arguments = [*QUICK, "--data", str(toy_root), "--no-baseline", *options]
     assert main([*arguments, "--output", str(tmp_path / "whole")]) == 0
-    steps = []
+    steps: list[None] = []
 
     def counted_step(*args: Any) -> torch.Tensor:
         steps.append(None)
