@@ -415,7 +415,8 @@ choice is made on validation images. The grids:
 
 def machine() -> str:
     """Return the name of the processor and the number of threads, and that of the GPU if there is one."""
-    cpu = f"{cpu_model()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
     return f"{torch.cuda.get_device_name()}, {cpu}" if torch.cuda.is_available() else cpu
 
 
