@@ -119,7 +119,7 @@ Results = Mapping[MethodName, Sequence[Measured]]  # by method, one per seed
 class Comparison:
     """The benchmark's own arguments, after VOC_ROOT."""
 
-    methods: tuple[MethodName, ...] = ("CAM-GAP", "ours", "ceiling")
+    methods: tuple[MethodName, ...] = tuple(METHODS)
     """Rows of the table: the networks to train and to measure."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -387,7 +387,7 @@ deviation. {what}
 
 Ceiling is full supervision: the same network, trained on the masks of the training images for as many steps. CAM-GAP
 has the same backbone, images, image-level labels, augmentation, optimiser and epochs as ours. Ratio and difference are
-those of each seed. `--methods` may have left out rows.
+those of each seed.{missing_rows(results)}
 
 ## IoU per class
 
@@ -411,6 +411,12 @@ choice is made on validation images. The grids:
 
 {choice_table(comparison, results)}
 """
+
+
+def missing_rows(results: Results) -> str:
+    """Return a paragraph that names the methods without results, empty if there are none."""
+    missing = [name for name in METHODS if name not in results]
+    return f"\n\nNot in this table, because `--methods` left it out: {', '.join(missing)}." if missing else ""
 
 
 def machine() -> str:
@@ -487,8 +493,8 @@ def choice_table(comparison: Comparison, results: Results) -> str:
                         cell += f"; {refinements[column].num_iter} x {max(refinements[column].dilations)}"
                     cells.append(cell)
                 lines.append([method, str(seed), protocol, lowest, *cells])
-    return f"""A column has the background's power or score; PAMR and PAR also have iterations x the largest dilation.
-Classes: `own` by the network, `given` by labels.
+    return f"""Each cell has the power or the score of the background. For PAMR and PAR, it also has iterations x the
+largest dilation. Classes: `own` are chosen by the network, `given` are those of the labels.
 
 {markdown(lines)}"""
 

@@ -75,10 +75,16 @@ class Candidates(NamedTuple):
         """Return the class index of the highest mask at every pixel, [H, W]."""
         return torch.tensor(self.classes, device=self.masks.device)[self.masks.argmax(dim=0)]
 
-    def refine(self, image: Tensor, name: ColumnName, refinement: Refinement) -> "Candidates":
-        """Return the candidates after PAMR or PAR, with an image [3, H, W] of the size of the masks."""
+    def refine(self, image: Tensor, column: ColumnName, refinement: Refinement | None) -> "Candidates":
+        """Return the candidates of a column, with an image [3, H, W] of the size of the masks.
+
+        PAMR and PAR need a `refinement`, the CRF has none.
+        """
+        if column == "crf":
+            return self.refine_by_crf(image)
+        assert refinement is not None, f"{column} has no settings"
         num_iter, dilations = refinement
-        layer = PAMR(num_iter, dilations) if name == "pamr" else PAR(dilations, num_iter)
+        layer = PAMR(num_iter, dilations) if column == "pamr" else PAR(dilations, num_iter)
         return self._replace(masks=layer(image[None], self.masks[None])[0])
 
     def refine_by_crf(self, image: Tensor) -> "Candidates":
@@ -123,7 +129,7 @@ class Count:
 
 
 class Seen:
-    """An image and its masks, and the classes of its pixels after every cut and refinement that was asked for."""
+    """An image, its masks, and the results of earlier calls of `classify`."""
 
     def __init__(self, model: Network, sample: Sample, scales: Sequence[float]) -> None:
         self.model = model
@@ -135,17 +141,14 @@ class Seen:
     def classify(
         self, protocol: ProtocolName, cut: Cut, column: ColumnName | None = None, refinement: Refinement | None = None
     ) -> Tensor:
-        """Return the class indices [H, W] of the raw masks, or of those of a column. The CRF needs no `refinement`."""
+        """Return the class indices [H, W] of the raw masks, or of the refined masks of a column."""
         probabilities = self.probabilities[protocol]
-        # The classes of both protocols, and of several cuts, are often the same.
+        # Both protocols, and several cuts, often keep the same classes.
         kept = tuple((probabilities >= cut.min_probability).tolist())
         key = (kept, cut.background, column, refinement)
         if key not in self.known:
             found = candidates(self.model, self.masks, probabilities, cut)
-            if column == "crf":
-                found = found.refine_by_crf(self.sample.image)
-            elif column is not None:
-                assert refinement is not None, f"{column} has no settings"
+            if column is not None:
                 found = found.refine(self.sample.image, column, refinement)
             self.known[key] = found.classify()
         return self.known[key]

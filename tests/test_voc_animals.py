@@ -299,6 +299,8 @@ def test_a_table_of_some_methods(finished: Path, tmp_path: Path) -> None:
     assert not rows["ceiling"]
     assert all(len(rows[name]) >= 4 and set(rows[name]) <= set(whole) for name in ("CAM-GAP", "ours"))
     assert not any("ours / ceiling" in line for line in lines)
+    assert "Not in this table, because `--methods` left it out: ceiling." in lines
+    assert not any("Not in this table" in line for line in whole)
     assert [line for line in lines if "ours - CAM-GAP" in line] == [line for line in whole if "ours - CAM-GAP" in line]
 
 
