@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from voc.crf import crf_marginals
 from voc.dataset.splits import Sample, VOCDataset
 from voc.evaluation.metrics import class_metrics, confusion_matrix, mean_iou
-from voc.inference.masks import multi_scale_masks
+from voc.inference.masks import highest, multi_scale_masks
 from voc.model import CAMNet, Network
 
 from wsseg_layers import PAMR, PAR
@@ -24,6 +24,9 @@ PROTOCOLS: tuple[ProtocolName, ...] = ("own", "given")
 # The grids. Of choices with the same mean IoU, the first is taken.
 ITERATIONS = (10, 20)
 DILATIONS = ((1, 2, 4, 8, 12, 24), (1, 2, 4, 8, 16, 32, 64))
+
+# Bytes of masks that stay in memory from one choice to the next.
+MAX_STORED = 4 * 2**30
 
 
 class Grid(NamedTuple):
@@ -73,7 +76,7 @@ class Candidates(NamedTuple):
 
     def classify(self) -> Tensor:
         """Return the class index of the highest mask at every pixel, [H, W]."""
-        return torch.tensor(self.classes, device=self.masks.device)[self.masks.argmax(dim=0)]
+        return torch.tensor(self.classes, device=self.masks.device)[highest(self.masks)]
 
     def refine(self, image: Tensor, column: ColumnName, refinement: Refinement | None) -> "Candidates":
         """Return the candidates of a column, with an image [3, H, W] of the size of the masks.
@@ -128,20 +131,28 @@ class Count:
         return mean_iou(self.iou(), rows)
 
 
-class Seen:
-    """An image, its masks, and the results of earlier calls of `classify`."""
+class Setting(NamedTuple):
+    """How an image is classified: raw masks if there is no column."""
 
-    def __init__(self, model: Network, sample: Sample, scales: Sequence[float]) -> None:
+    protocol: ProtocolName
+    cut: Cut
+    column: ColumnName | None = None
+    refinement: Refinement | None = None
+
+
+class Seen:
+    """An image, its masks [C + 1, H, W], and the results of earlier calls of `classify`."""
+
+    def __init__(self, model: Network, sample: Sample, masks: Tensor, probabilities: Tensor) -> None:
         self.model = model
         self.sample = sample
-        self.masks, probabilities = multi_scale_masks(model, sample.image, scales)
+        self.masks = masks
         self.probabilities: dict[ProtocolName, Tensor] = {"own": probabilities, "given": sample.labels}
         self.known: dict[Any, Tensor] = {}
 
-    def classify(
-        self, protocol: ProtocolName, cut: Cut, column: ColumnName | None = None, refinement: Refinement | None = None
-    ) -> Tensor:
-        """Return the class indices [H, W] of the raw masks, or of the refined masks of a column."""
+    def classify(self, setting: Setting) -> Tensor:
+        """Return the class indices [H, W]."""
+        protocol, cut, column, refinement = setting
         probabilities = self.probabilities[protocol]
         # Both protocols, and several cuts, often keep the same classes.
         kept = tuple((probabilities >= cut.min_probability).tolist())
@@ -154,15 +165,62 @@ class Seen:
         return self.known[key]
 
 
-@torch.no_grad()
-def see(model: Network, dataset: VOCDataset, scales: Sequence[float], description: str) -> Iterator[Seen]:
-    """Yield every image of a set with its multi-scale masks."""
-    device = next(model.parameters()).device
-    model.eval()
-    for index in tqdm(range(len(dataset)), description, unit="image", leave=False):
-        sample = dataset[index]
-        sample = sample._replace(**{key: getattr(sample, key).to(device) for key in ("image", "labels", "mask")})
-        yield Seen(model, sample, scales)
+class Images:
+    """The images of a set with the multi-scale masks of a network.
+
+    Masks are stored for the next pass as long as they fit into `max_bytes`; the network sees these images once. Classes
+    whose masks are never used are left out: those that are not labels and less probable than `min_probability`.
+    """
+
+    def __init__(
+        self, model: Network, dataset: VOCDataset, scales: Sequence[float], min_probability: float, max_bytes: int
+    ) -> None:
+        self.model = model.eval()
+        self.dataset = dataset
+        self.scales = scales
+        self.min_probability = min_probability
+        self.max_bytes = max_bytes
+        self.stored: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # see `look`
+        self.stored_bytes = 0
+
+    @torch.no_grad()
+    def see(self, description: str) -> Iterator[Seen]:
+        """Yield every image."""
+        device = next(self.model.parameters()).device
+        for index in tqdm(range(len(self.dataset)), description, unit="image", leave=False):
+            sample = self.dataset[index]
+            sample = sample._replace(**{key: getattr(sample, key).to(device) for key in ("image", "labels", "mask")})
+            stored, rows, probabilities = self.stored.get(index) or self.look(index, sample)
+            masks = stored.new_zeros(1 + len(probabilities), *stored.shape[1:])
+            masks[rows] = stored
+            yield Seen(self.model, sample, masks, probabilities)
+
+    def look(self, index: int, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the stored masks [K, H, W], their rows [K] of all masks, and the probabilities [C]."""
+        masks, probabilities = multi_scale_masks(self.model, sample.image, self.scales)
+        possible = (probabilities >= self.min_probability) | (sample.labels > 0)
+        rows = torch.cat([possible.new_ones(1), possible]).nonzero()[:, 0]
+        found = (masks[rows], rows, probabilities)
+        size = found[0].nbytes
+        if self.stored_bytes + size <= self.max_bytes:
+            self.stored[index] = found
+            self.stored_bytes += size
+        return found
+
+
+Key = TypeVar("Key")
+
+
+def best_settings(
+    images: Images, groups: Mapping[Key, Sequence[Setting]], rows: Sequence[int], description: str
+) -> dict[Key, Setting]:
+    """Return the setting of every group with the highest mean IoU of the classes `rows`."""
+    counts = {one: Count(images.dataset) for group in groups.values() if len(group) > 1 for one in group}
+    for seen in images.see(description) if counts else ():
+        for setting, count in counts.items():
+            count.add(seen.classify(setting), seen.sample.mask)
+    means = {setting: count.mean(rows) for setting, count in counts.items()}
+    return {key: max(group, key=lambda one: means.get(one, 0.0)) for key, group in groups.items()}
 
 
 def choose(
@@ -178,41 +236,44 @@ def choose(
     First, the background and the lowest probability are chosen for the raw masks. Iterations and dilations follow with
     these settings, and then the background of every column.
     """
+    images = Images(model, dataset, scales, min(grid.min_probabilities), MAX_STORED)
     cuts = {
         "own": [Cut(*values) for values in product(*grid)],
         "given": [Cut(background, 0.5) for background in grid.backgrounds],  # labels are 0 or 1
     }
-    raw = {(protocol, cut): Count(dataset) for protocol in PROTOCOLS for cut in cuts[protocol]}
-    for seen in see(model, dataset, scales, "choosing the cut"):
-        for (protocol, cut), count in raw.items():
-            count.add(seen.classify(protocol, cut), seen.sample.mask)
-    chosen = {protocol: max(cuts[protocol], key=lambda cut: raw[protocol, cut].mean(rows)) for protocol in PROTOCOLS}
-    names: list[ColumnName] = [column for column in columns if column != "crf"]
-    refined = {key: Count(dataset) for key in product(PROTOCOLS, names, REFINEMENTS)}
-    for seen in see(model, dataset, scales, "choosing the refinement") if names else ():
-        for (protocol, name, refinement), count in refined.items():
-            count.add(seen.classify(protocol, chosen[protocol], name, refinement), seen.sample.mask)
-    refinements = {
-        protocol: {name: max(REFINEMENTS, key=lambda one: refined[protocol, name, one].mean(rows)) for name in names}
-        for protocol in PROTOCOLS
-    }
-    by_background = {key: Count(dataset) for key in product(PROTOCOLS, columns, grid.backgrounds)}
-    for seen in see(model, dataset, scales, "choosing the backgrounds") if columns else ():
-        for (protocol, column, background), count in by_background.items():
-            cut = chosen[protocol]._replace(background=background)
-            predicted = seen.classify(protocol, cut, column, refinements[protocol].get(column))
-            count.add(predicted, seen.sample.mask)
-    return {
-        protocol: Choice(
-            chosen[protocol],
-            refinements[protocol],
-            {
-                column: max(grid.backgrounds, key=lambda one: by_background[protocol, column, one].mean(rows))
-                for column in columns
-            },
-        )
-        for protocol in PROTOCOLS
-    }
+    raw = best_settings(
+        images, {one: [Setting(one, cut) for cut in cuts[one]] for one in PROTOCOLS}, rows, "choosing the cut"
+    )
+    refined = best_settings(
+        images,
+        {
+            (protocol, column): [raw[protocol]._replace(column=column, refinement=one) for one in settings_of(column)]
+            for protocol, column in product(PROTOCOLS, columns)
+        },
+        rows,
+        "choosing the refinement",
+    )
+    with_background = best_settings(
+        images,
+        {
+            key: [one._replace(cut=one.cut._replace(background=background)) for background in grid.backgrounds]
+            for key, one in refined.items()
+        },
+        rows,
+        "choosing the backgrounds",
+    )
+    chosen = {}
+    for protocol in PROTOCOLS:
+        of_columns = {column: with_background[protocol, column] for column in columns}
+        refinements = {column: one.refinement for column, one in of_columns.items() if one.refinement is not None}
+        backgrounds = {column: one.cut.background for column, one in of_columns.items()}
+        chosen[protocol] = Choice(raw[protocol].cut, refinements, backgrounds)
+    return chosen
+
+
+def settings_of(column: ColumnName) -> Sequence[Refinement | None]:
+    """Return what may be chosen for a column; the CRF has no choice."""
+    return (None,) if column == "crf" else REFINEMENTS
 
 
 def measure(
@@ -223,12 +284,17 @@ def measure(
     columns: Sequence[ColumnName],
 ) -> dict[ProtocolName, dict[str, Tensor]]:
     """Return the IoU per class [C + 1] in percent of every protocol, of the raw masks and of every column."""
-    counts = {protocol: {column: Count(dataset) for column in ("raw", *columns)} for protocol in PROTOCOLS}
-    for seen in see(model, dataset, scales, "measuring"):
-        for protocol, (cut, refinements, backgrounds) in choices.items():
-            counts[protocol]["raw"].add(seen.classify(protocol, cut), seen.sample.mask)
-            for column in columns:
-                with_background = cut._replace(background=backgrounds[column])
-                predicted = seen.classify(protocol, with_background, column, refinements.get(column))
-                counts[protocol][column].add(predicted, seen.sample.mask)
-    return {protocol: {column: count.iou() for column, count in found.items()} for protocol, found in counts.items()}
+    counts: dict[ProtocolName, dict[str, Count]] = {protocol: {} for protocol in PROTOCOLS}
+    settings: dict[ProtocolName, dict[str, Setting]] = {protocol: {} for protocol in PROTOCOLS}
+    for protocol, (cut, refinements, backgrounds) in choices.items():
+        settings[protocol]["raw"] = Setting(protocol, cut)
+        for column in columns:
+            with_background = cut._replace(background=backgrounds[column])
+            settings[protocol][column] = Setting(protocol, with_background, column, refinements.get(column))
+        counts[protocol] = {name: Count(dataset) for name in settings[protocol]}
+    lowest = min(choice.cut.min_probability for choice in choices.values())
+    for seen in Images(model, dataset, scales, lowest, max_bytes=0).see("measuring"):
+        for protocol in PROTOCOLS:
+            for name, setting in settings[protocol].items():
+                counts[protocol][name].add(seen.classify(setting), seen.sample.mask)
+    return {protocol: {name: count.iou() for name, count in found.items()} for protocol, found in counts.items()}

@@ -153,6 +153,33 @@ def test_choices_have_the_highest_mean_iou_of_the_grid(
             assert found_background == pytest.approx(max(means_of_column.values()), abs=1e-9)
 
 
+@pytest.mark.parametrize("max_stored", [0, 14 * 18 * 4 * 5, 2**30])
+def test_stored_masks_do_not_change_the_choice(
+    dataset: VOCDataset, max_stored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counting(Pixelwise):
+        calls = 0
+
+        def forward(self, image: Tensor) -> Output:
+            self.calls += 1
+            return super().forward(image)
+
+    network: Any = Counting()
+    grid, columns, rows = Grid((1.0, 1.7, 2.5), (0.13, 0.2)), ["pamr", "crf"], [0, 2, 3, 5]
+    expected = choose(network, dataset, (1.0,), grid, columns, rows)  # type: ignore[arg-type]
+    passes = 2 * len(dataset)  # every image and its mirror image
+    assert network.calls == passes
+    network.calls = 0
+    monkeypatch.setattr(voc_protocol, "MAX_STORED", max_stored)
+    assert choose(network, dataset, (1.0,), grid, columns, rows) == expected  # type: ignore[arg-type]
+    # The limit in the middle is that of five masks: the second image has five, the others have one more label.
+    seen_again = {0: 3 * passes, 2**30: passes}.get(max_stored, 2 + 3 * (passes - 2))
+    assert network.calls == seen_again
+    network.calls = 0
+    choose(network, dataset, (1.0,), Grid((1.0,), (0.0,)), ["pamr"], rows)
+    assert network.calls == passes  # only the refinement has a choice
+
+
 def test_measured_columns(dataset: VOCDataset) -> None:
     choices: dict[ProtocolName, Choice] = {
         "own": Choice(

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..backbones import normalise
 from ..dataset.images import IGNORE
 from ..dataset.splits import VOCDataset
-from ..inference.masks import multi_scale_masks, segment
+from ..inference.masks import highest, multi_scale_masks, segment
 from ..inference.refine import refine_masks
 from ..model import CAMNet, Network
 from ..self_supervision import labels_from_masks
@@ -74,7 +74,7 @@ def evaluate(
             meters[name].update(segment(masks, probabilities, settings.min_probability), target)
             if refine != "none":
                 refined = refine_masks(image, masks, probabilities >= settings.min_probability, refine)
-                meters[refined_name(name, refine)].update(refined.argmax(dim=0), target)
+                meters[refined_name(name, refine)].update(highest(refined), target)
         scores.update(torch.cat([probabilities, sample.labels.to(device)])[None])
     gathered, labels = scores.compute().cpu().chunk(2, dim=1)
     return Evaluation({name: meter.iou().cpu() for name, meter in meters.items()}, average_precision(gathered, labels))
@@ -147,7 +147,7 @@ def draw(model: Network, dataset: VOCDataset, settings: Settings, device: torch.
         masks["mask"].append(segment(averaged, probabilities, settings.min_probability).cpu())
         if settings.refine != "none":
             kept = probabilities >= settings.min_probability
-            refined = refine_masks(image, averaged, kept, settings.refine).argmax(dim=0)
+            refined = highest(refine_masks(image, averaged, kept, settings.refine))
             masks[refined_name("mask", settings.refine)].append(refined.cpu())
         masks["pseudo label"].append(enlarge(target, sample.mask.shape).cpu())
         masks["ground truth"].append(sample.mask)

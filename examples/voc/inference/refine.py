@@ -11,6 +11,7 @@ from wsseg_layers import PAMR, PAR
 
 from ..crf import crf_marginals
 from ..settings import Refinement
+from .masks import highest
 from .pictures import Picture
 from .segmenter import SoftMasks
 
@@ -51,6 +52,6 @@ def refinement(method: Refinement) -> Refine:
             return None
         image = picture.tensor().to(soft.masks.device)
         refined = refine_masks(image, soft.masks, soft.kept, method)
-        return refined.argmax(dim=0).to(torch.uint8).cpu().numpy()
+        return highest(refined).to(torch.uint8).cpu().numpy()
 
     return refine
