@@ -1,6 +1,6 @@
 """From a trained network to IoU: choices on masks of the training split, then one look at the validation split."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -78,18 +78,6 @@ class Candidates(NamedTuple):
         """Return the class index of the highest mask at every pixel, [H, W]."""
         return torch.tensor(self.classes, device=self.masks.device)[highest(self.masks)]
 
-    def refine(self, image: Tensor, column: ColumnName, refinement: Refinement | None) -> "Candidates":
-        """Return the candidates of a column, with an image [3, H, W] of the size of the masks.
-
-        PAMR and PAR need a `refinement`, the CRF has none.
-        """
-        if column == "crf":
-            return self.refine_by_crf(image)
-        assert refinement is not None, f"{column} has no settings"
-        num_iter, dilations = refinement
-        layer = PAMR(num_iter, dilations) if column == "pamr" else PAR(dilations, num_iter)
-        return self._replace(masks=layer(image[None], self.masks[None])[0])
-
     def refine_by_crf(self, image: Tensor) -> "Candidates":
         """Return the candidates after the dense CRF, which has the settings of the paper's authors."""
         all_classes = torch.ones(1, len(self.classes), dtype=torch.bool)
@@ -107,8 +95,13 @@ def candidates(model: Network, masks: Tensor, probabilities: Tensor, cut: Cut) -
     """
     classes = [0, *(1 + (probabilities >= cut.min_probability).nonzero().flatten()).tolist()]
     chosen = masks[classes]
-    chosen[0] = cut.background if isinstance(model, CAMNet) else chosen[0] ** cut.background
+    chosen[0] = background_mask(model, masks, cut.background)
     return Candidates(chosen, classes)
+
+
+def background_mask(model: Network, masks: Tensor, background: float) -> Tensor:
+    """Return the background's mask [H, W] with a power or score, of masks [C + 1, H, W]."""
+    return torch.full_like(masks[0], background) if isinstance(model, CAMNet) else masks[0] ** background
 
 
 class Count:
@@ -141,28 +134,68 @@ class Setting(NamedTuple):
 
 
 class Seen:
-    """An image, its masks [C + 1, H, W], and the results of earlier calls of `classify`."""
+    """An image, its masks [C + 1, H, W], and the results of earlier calls of `classify`, which has `backgrounds`."""
 
-    def __init__(self, model: Network, sample: Sample, masks: Tensor, probabilities: Tensor) -> None:
+    def __init__(
+        self, model: Network, sample: Sample, masks: Tensor, probabilities: Tensor, backgrounds: Collection[float]
+    ) -> None:
         self.model = model
         self.sample = sample
         self.masks = masks
         self.probabilities: dict[ProtocolName, Tensor] = {"own": probabilities, "given": sample.labels}
-        self.known: dict[Any, Tensor] = {}
+        self.backgrounds = backgrounds
+        self.found: dict[Any, dict[float, Candidates]] = {}  # by background
+        self.known: dict[Any, Tensor] = {}  # class indices
 
     def classify(self, setting: Setting) -> Tensor:
         """Return the class indices [H, W]."""
         protocol, cut, column, refinement = setting
-        probabilities = self.probabilities[protocol]
+        kept = self.probabilities[protocol] >= cut.min_probability
         # Both protocols, and several cuts, often keep the same classes.
-        kept = tuple((probabilities >= cut.min_probability).tolist())
-        key = (kept, cut.background, column, refinement)
+        classes = (0, *(1 + kept.nonzero()[:, 0]).tolist())
+        key = (classes, column, refinement, cut.background)
         if key not in self.known:
-            found = candidates(self.model, self.masks, probabilities, cut)
-            if column is not None:
-                found = found.refine(self.sample.image, column, refinement)
+            if (classes, column, refinement) not in self.found:
+                self.found[classes, column, refinement] = self.candidates(classes, column, refinement)
+            found = self.found[classes, column, refinement][cut.background]
+            if column == "crf":
+                found = found.refine_by_crf(self.sample.image)
             self.known[key] = found.classify()
         return self.known[key]
+
+    def candidates(
+        self, classes: Sequence[int], column: ColumnName | None, refinement: Refinement | None
+    ) -> dict[float, Candidates]:
+        """Return the candidates of every background, after PAMR or PAR if there is a refinement."""
+        levels = torch.stack([background_mask(self.model, self.masks, one) for one in self.backgrounds])  # [S, H, W]
+        foreground = self.masks[list(classes[1:])]  # [K, H, W]
+        if refinement is not None:
+            # PAMR and PAR refine every mask by itself, so the backgrounds share one call.
+            possible = contenders(levels, foreground)
+            classes, foreground = [0, *(classes[1 + index] for index in possible)], foreground[possible]
+            num_iter, dilations = refinement
+            layer = PAMR(num_iter, dilations) if column == "pamr" else PAR(dilations, num_iter)
+            refined = layer(self.sample.image[None], torch.cat([levels, foreground])[None])[0]
+            levels, foreground = refined.split([len(levels), len(foreground)])
+        return {
+            background: Candidates(torch.cat([level[None], foreground]), list(classes))
+            for background, level in zip(self.backgrounds, levels, strict=True)
+        }
+
+
+def contenders(levels: Tensor, foreground: Tensor) -> list[int]:
+    """Return the indices of the masks [K, H, W] that a pixel may have after PAMR or PAR, beside one of the backgrounds.
+
+    Both replace the masks of a pixel by weighted sums over its neighbours, with the same weights for every mask. The
+    highest sum is at least that of the mean of all masks. So a mask that is everywhere lower than the lowest value of
+    this mean is the highest one nowhere. This is true of most masks when all classes are kept.
+
+    Args:
+        levels: the background's masks [S, H, W].
+        foreground: the masks of the K classes.
+    """
+    mean = (levels.amin(dim=0) + foreground.sum(dim=0)) / (1 + len(foreground))  # [H, W], of the lowest background
+    return (foreground.amax(dim=(1, 2)) >= mean.amin()).nonzero()[:, 0].tolist()
 
 
 class Images:
@@ -184,8 +217,8 @@ class Images:
         self.stored_bytes = 0
 
     @torch.no_grad()
-    def see(self, description: str) -> Iterator[Seen]:
-        """Yield every image."""
+    def see(self, description: str, backgrounds: Collection[float]) -> Iterator[Seen]:
+        """Yield every image, to be classified with these backgrounds."""
         device = next(self.model.parameters()).device
         for index in tqdm(range(len(self.dataset)), description, unit="image", leave=False):
             sample = self.dataset[index]
@@ -193,7 +226,7 @@ class Images:
             stored, rows, probabilities = self.stored.get(index) or self.look(index, sample)
             masks = stored.new_zeros(1 + len(probabilities), *stored.shape[1:])
             masks[rows] = stored
-            yield Seen(self.model, sample, masks, probabilities)
+            yield Seen(self.model, sample, masks, probabilities, backgrounds)
 
     def look(self, index: int, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
         """Return the stored masks [K, H, W], their rows [K] of all masks, and the probabilities [C]."""
@@ -216,7 +249,8 @@ def best_settings(
 ) -> dict[Key, Setting]:
     """Return the setting of every group with the highest mean IoU of the classes `rows`."""
     counts = {one: Count(images.dataset) for group in groups.values() if len(group) > 1 for one in group}
-    for seen in images.see(description) if counts else ():
+    backgrounds = {setting.cut.background for setting in counts}
+    for seen in images.see(description, backgrounds) if counts else ():
         for setting, count in counts.items():
             count.add(seen.classify(setting), seen.sample.mask)
     means = {setting: count.mean(rows) for setting, count in counts.items()}
@@ -284,17 +318,17 @@ def measure(
     columns: Sequence[ColumnName],
 ) -> dict[ProtocolName, dict[str, Tensor]]:
     """Return the IoU per class [C + 1] in percent of every protocol, of the raw masks and of every column."""
-    counts: dict[ProtocolName, dict[str, Count]] = {protocol: {} for protocol in PROTOCOLS}
-    settings: dict[ProtocolName, dict[str, Setting]] = {protocol: {} for protocol in PROTOCOLS}
+    settings: dict[ProtocolName, dict[str, Setting]] = {}
     for protocol, (cut, refinements, backgrounds) in choices.items():
-        settings[protocol]["raw"] = Setting(protocol, cut)
+        settings[protocol] = {"raw": Setting(protocol, cut)}
         for column in columns:
             with_background = cut._replace(background=backgrounds[column])
             settings[protocol][column] = Setting(protocol, with_background, column, refinements.get(column))
-        counts[protocol] = {name: Count(dataset) for name in settings[protocol]}
-    lowest = min(choice.cut.min_probability for choice in choices.values())
-    for seen in Images(model, dataset, scales, lowest, max_bytes=0).see("measuring"):
-        for protocol in PROTOCOLS:
-            for name, setting in settings[protocol].items():
+    counts = {protocol: {name: Count(dataset) for name in named} for protocol, named in settings.items()}
+    cuts = [setting.cut for named in settings.values() for setting in named.values()]
+    images = Images(model, dataset, scales, min(cut.min_probability for cut in cuts), max_bytes=0)
+    for seen in images.see("measuring", {cut.background for cut in cuts}):
+        for protocol, named in settings.items():
+            for name, setting in named.items():
                 counts[protocol][name].add(seen.classify(setting), seen.sample.mask)
     return {protocol: {name: count.iou() for name, count in found.items()} for protocol, found in counts.items()}

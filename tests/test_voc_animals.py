@@ -180,6 +180,26 @@ def test_stored_masks_do_not_change_the_choice(
     assert network.calls == passes  # only the refinement has a choice
 
 
+@pytest.mark.parametrize("column", ["pamr", "par"])
+def test_masks_that_cannot_be_the_highest_are_left_out(dataset: VOCDataset, column: ColumnName) -> None:
+    sample = dataset[0]
+    size = sample.mask.shape
+    generator = torch.Generator().manual_seed(0)
+    noise = 3 * torch.rand(8, *size, generator=generator, dtype=torch.float64)
+    masks = (noise + torch.tensor([4.0, -2, 5, -2, -2, -2, 4, 3])[:, None, None]).softmax(dim=0)
+    levels = torch.stack([masks[0], masks[0] ** 3])
+    assert voc_protocol.contenders(levels, masks[1:]) == [1, 5, 6]  # the 2nd, 6th and 7th class
+    network: Any = Pixelwise()
+    seen = voc_protocol.Seen(network, sample, masks.float(), torch.ones(7), [1.0, 3.0])
+    refinement = Refinement(3, (1, 4))
+    for background in (1.0, 3.0):
+        found = seen.classify(voc_protocol.Setting("own", Cut(background, 0.1), column, refinement))
+        expected = torch.cat([masks[:1] ** background, masks[1:]])
+        refined = refined_by_hand(sample.image, expected, column, refinement)
+        torch.testing.assert_close(refined.gather(0, found[None])[0], refined.amax(dim=0), rtol=1e-5, atol=0)
+        assert len(found.unique()) > 1
+
+
 def test_measured_columns(dataset: VOCDataset) -> None:
     choices: dict[ProtocolName, Choice] = {
         "own": Choice(

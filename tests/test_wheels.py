@@ -24,7 +24,7 @@ from tests import reference
 from tests.checkout import copy_sources, python, run
 from tests.strategies import assert_close, exact
 from wsseg_layers.kernels import VariantName, bilateral_filter, pamr_affinity, pamr_propagate
-from wsseg_layers.kernels.backends.cpp import library
+from wsseg_layers.kernels.backends.cpp import interface, library
 from wsseg_layers.kernels.filters import mean_field
 
 FOLDER = "wsseg_layers/kernels/backends/cpp"
@@ -151,7 +151,7 @@ class Emulated:
         def write(argument: Any, kind: Any, count: int) -> None:
             """Write one field of 8 bytes, or the fields of a struct or an array one after the other."""
             if isinstance(argument, ctypes.Structure):
-                own = argument.count if isinstance(argument, library.Neighbours) else count
+                own = argument.count if isinstance(argument, interface.Neighbours) else count
                 for name, field_type, *_ in argument._fields_:
                     write(getattr(argument, name), field_type, own)
             elif isinstance(argument, ctypes.Array):

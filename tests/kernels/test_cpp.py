@@ -16,7 +16,7 @@ from tests.forked import run_and_fork
 from tests.strategies import assert_close, exact, layouts, seeds, uniform
 from wsseg_layers.kernels import VARIANTS, VariantName, pamr_affinity, pamr_propagate
 from wsseg_layers.kernels.backends import cpp
-from wsseg_layers.kernels.backends.cpp import library
+from wsseg_layers.kernels.backends.cpp import interface, library
 
 Propagate = Callable[..., torch.Tensor]
 
@@ -241,9 +241,9 @@ for height, width, dtype in [(3, 1, torch.float32), (2, 37, torch.float32), (4, 
 def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = library.load()
     assert loaded is not None
-    monkeypatch.setattr(library, "Propagation", library.Affinity)
+    monkeypatch.setattr(interface, "Propagation", interface.Affinity)
     with pytest.raises(OSError, match=r"another version: its structs have \[[\d, ]+\] bytes"):
-        library._check_structs(loaded)
+        interface.declare(loaded)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...neighbourhood import neighbour_offsets
 from ...variants import Variant, position_affinity
 from ..eager import mean_field_gradient
-from . import library
+from . import interface, library
 from .labels import choose_labels, resize
 from .lattice import make_filter, mean_field
 
@@ -60,7 +60,7 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Ten
     """Fill `out`, of `empty_affinity`, with the affinity of an image [B, K, H, W]."""
     in_double = _in_double(variant, image.dtype)
     image = image.to(torch.float64 if in_double else torch.float32).resolve_neg()
-    task = library.Affinity(
+    task = interface.Affinity(
         image.data_ptr(),
         image.stride(),
         *image.shape,
@@ -112,7 +112,7 @@ def _propagate(
     _, neighbours, height, width = affinity.shape
     weights_bytes = neighbours * height * width * rows.itemsize
     chunk_bytes = CHUNK_BYTES if weights_bytes <= CACHED_WEIGHTS_BYTES else CHUNK_BYTES_FROM_MEMORY
-    task = library.Propagation(
+    task = interface.Propagation(
         masks.data_ptr(),
         masks.stride(),
         *masks.shape,
@@ -145,21 +145,21 @@ def _first_level_cache() -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _neighbours(dilations: tuple[int, ...], height: int, width: int) -> library.Neighbours:
+def _neighbours(dilations: tuple[int, ...], height: int, width: int) -> interface.Neighbours:
     """Return the neighbours' offsets, limited to the size of the map, because the border is replicated beyond it."""
     offsets = neighbour_offsets(dilations)
     dy = [max(-height, min(y, height)) for y, _ in offsets]
     dx = [max(-width, min(x, width)) for _, x in offsets]
     array = ctypes.c_int64 * len(offsets)
     by_dx = sorted(range(len(offsets)), key=dx.__getitem__)
-    return library.Neighbours(len(offsets), max(dx), array(*dy), array(*dx), array(*by_dx))
+    return interface.Neighbours(len(offsets), max(dx), array(*dy), array(*dx), array(*by_dx))
 
 
 @functools.lru_cache(maxsize=64)
-def _variant_struct(dilations: tuple[int, ...], variant: Variant) -> library.Variant:
+def _variant_struct(dilations: tuple[int, ...], variant: Variant) -> interface.Variant:
     """Return the numbers of a variant, with the position term of every neighbour."""
     position = (ctypes.c_double * (8 * len(dilations)))()
     if variant.position_weight:
         position[:] = position_affinity(neighbour_offsets(dilations), variant).tolist()
     samples = variant.samples(len(dilations))
-    return library.Variant(variant.guard, variant.weight, samples, variant.sigma_power, variant.power, position)
+    return interface.Variant(variant.guard, variant.weight, samples, variant.sigma_power, variant.power, position)

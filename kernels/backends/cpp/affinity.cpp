@@ -281,7 +281,7 @@ template <typename Real> static void affinity(const Affinity &task, void *memory
 }
 
 extern "C" {
-extern const int64_t affinity_size = sizeof(Affinity); // so that library.py can compare it with its own
+extern const int64_t affinity_size = sizeof(Affinity); // so that interface.py can compare it with its own
 
 int64_t affinity_float_workspace(const Affinity *task) { return AffinityPlan<float>(*task, nullptr).bytes(); }
 int64_t affinity_double_workspace(const Affinity *task) { return AffinityPlan<double>(*task, nullptr).bytes(); }

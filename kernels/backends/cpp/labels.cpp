@@ -220,7 +220,7 @@ static void label_maps(const Labels &task, void *memory)
 }
 
 extern "C" {
-// The sizes of the structs, so that library.py can compare them with its own.
+// The sizes of the structs, so that interface.py can compare them with its own.
 extern const int64_t resize_size = sizeof(Resize), labels_size = sizeof(Labels);
 
 int64_t resize_workspace(const Resize *task)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import library
+from . import interface, library
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -13,7 +13,7 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     planes = maps.flatten(0, -3)
     result = maps.new_empty(*maps.shape[:-2], *size)
     threads = torch.get_num_threads()
-    task = library.Resize(planes.data_ptr(), planes.stride(), *planes.shape, result.data_ptr(), *size, threads)
+    task = interface.Resize(planes.data_ptr(), planes.stride(), *planes.shape, result.data_ptr(), *size, threads)
     library.run("resize", task)
     return result
 
@@ -37,5 +37,5 @@ def choose_labels(
     result = numbers.new_empty(batch, groups // scores, *size)
     pointers = (tensor.data_ptr() for tensor in (maps, result, counts, numbers))
     sizes = (batch, channels, groups // scores, scores, height, width, *size)
-    library.run("choose_labels", library.Labels(*pointers, *sizes, ignore_index, torch.get_num_threads()))
+    library.run("choose_labels", interface.Labels(*pointers, *sizes, ignore_index, torch.get_num_threads()))
     return result

@@ -480,7 +480,7 @@ template <typename Real> static void propagate(const Propagation &task, void *me
 }
 
 extern "C" {
-extern const int64_t propagation_size = sizeof(Propagation); // so that library.py can compare it with its own
+extern const int64_t propagation_size = sizeof(Propagation); // so that interface.py can compare it with its own
 
 int64_t propagate_float_workspace(const Propagation *task) { return PropagationPlan<float>(*task, nullptr).bytes(); }
 int64_t propagate_double_workspace(const Propagation *task) { return PropagationPlan<double>(*task, nullptr).bytes(); }
