@@ -387,7 +387,8 @@ deviation. {what}
 
 Ceiling is full supervision: the same network, trained on the masks of the training images for as many steps. CAM-GAP
 has the same backbone, images, image-level labels, augmentation, optimiser and epochs as ours. Ratio and difference are
-those of each seed.{missing_rows(results)}
+those of each seed. The ratio to read is that of the raw masks: the background of the ceiling always has power 1, which
+does not suit the CRF.{missing_rows(results)}
 
 ## IoU per class
 
