@@ -175,6 +175,14 @@ def test_speed_in_the_readme_is_that_of_the_results() -> None:
         )
 
 
+def test_masks_in_the_readme_are_those_of_the_results() -> None:
+    readme = (ROOT / "README.md").read_text().splitlines()
+    results = (ROOT / "benchmarks/results/voc_animals.md").read_text().splitlines()
+    for name, title in (("CAM-GAP", "CAM-GAP"), ("ours", "ours"), ("ceiling", "full supervision")):
+        own = next(line for line in results if line.startswith(f"| {name} |"))  # image labels given come later
+        assert own.replace(f"| {name} |", f"| {title} |") in readme
+
+
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: str(page.relative_to(ROOT)))
 def test_lines_are_short(page: Path) -> None:
     assert [line for line in page.read_text().splitlines() if len(line) > 120] == []
