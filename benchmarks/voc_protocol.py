@@ -93,10 +93,15 @@ def candidates(model: Network, masks: Tensor, probabilities: Tensor, cut: Cut) -
         probabilities: [C] in [0, 1].
         cut: the settings.
     """
-    classes = [0, *(1 + (probabilities >= cut.min_probability).nonzero().flatten()).tolist()]
+    classes = kept_classes(probabilities, cut)
     chosen = masks[classes]
     chosen[0] = background_mask(model, masks, cut.background)
     return Candidates(chosen, classes)
+
+
+def kept_classes(probabilities: Tensor, cut: Cut) -> list[int]:
+    """Return the indices of the background and of the classes that are probable enough, of probabilities [C]."""
+    return [0, *(1 + (probabilities >= cut.min_probability).nonzero()[:, 0]).tolist()]
 
 
 def background_mask(model: Network, masks: Tensor, background: float) -> Tensor:
@@ -134,7 +139,10 @@ class Setting(NamedTuple):
 
 
 class Seen:
-    """An image, its masks [C + 1, H, W], and the results of earlier calls of `classify`, which has `backgrounds`."""
+    """An image and its masks [C + 1, H, W].
+
+    `classify` takes settings whose background is one of `backgrounds`. It keeps its results.
+    """
 
     def __init__(
         self, model: Network, sample: Sample, masks: Tensor, probabilities: Tensor, backgrounds: Collection[float]
@@ -150,9 +158,8 @@ class Seen:
     def classify(self, setting: Setting) -> Tensor:
         """Return the class indices [H, W]."""
         protocol, cut, column, refinement = setting
-        kept = self.probabilities[protocol] >= cut.min_probability
         # Both protocols, and several cuts, often keep the same classes.
-        classes = (0, *(1 + kept.nonzero()[:, 0]).tolist())
+        classes = tuple(kept_classes(self.probabilities[protocol], cut))
         key = (classes, column, refinement, cut.background)
         if key not in self.known:
             if (classes, column, refinement) not in self.found:
@@ -184,25 +191,27 @@ class Seen:
 
 
 def contenders(levels: Tensor, foreground: Tensor) -> list[int]:
-    """Return the indices of the masks [K, H, W] that a pixel may have after PAMR or PAR, beside one of the backgrounds.
+    """Return the indices of the foreground masks that can be the highest at a pixel after PAMR or PAR.
 
-    Both replace the masks of a pixel by weighted sums over its neighbours, with the same weights for every mask. The
-    highest sum is at least that of the mean of all masks. So a mask that is everywhere lower than the lowest value of
-    this mean is the highest one nowhere. This is true of most masks when all classes are kept.
+    PAMR and PAR replace the masks of a pixel by weighted sums over its neighbours, with the same weights for every
+    mask. The highest of these sums is at least the weighted sum of the mean mask. So a mask that is lower everywhere
+    than the minimum of the mean mask can never be the highest. This leaves out most masks when all classes are kept.
 
     Args:
         levels: the background's masks [S, H, W].
-        foreground: the masks of the K classes.
+        foreground: the masks of the K classes [K, H, W].
     """
-    mean = (levels.amin(dim=0) + foreground.sum(dim=0)) / (1 + len(foreground))  # [H, W], of the lowest background
+    # The lowest background has the lowest mean, so no mask is left out that is needed beside another background.
+    mean = (levels.amin(dim=0) + foreground.sum(dim=0)) / (1 + len(foreground))  # [H, W]
     return (foreground.amax(dim=(1, 2)) >= mean.amin()).nonzero()[:, 0].tolist()
 
 
 class Images:
     """The images of a set with the multi-scale masks of a network.
 
-    Masks are stored for the next pass as long as they fit into `max_bytes`; the network sees these images once. Classes
-    whose masks are never used are left out: those that are not labels and less probable than `min_probability`.
+    The masks of an image are stored if there is room for them in `max_bytes`. Then the next pass does not run the
+    network on this image again. Masks that no choice uses are not stored: those of classes that are neither in the
+    image-level labels nor at least as probable as `min_probability`.
     """
 
     def __init__(
