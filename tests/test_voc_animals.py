@@ -21,10 +21,10 @@ from voc.dataset.layout import SPLIT_FOLDER, read_classes
 from voc.dataset.splits import Sample, VOCDataset, load_split_with_masks
 from voc.model import CAMNet, Output
 
-from benchmarks import voc_animals, voc_protocol
+from benchmarks import voc_animals, voc_protocol, voc_runs
 from benchmarks.processor import cpu_model
-from benchmarks.voc_animals import Measured, MethodName
 from benchmarks.voc_protocol import Choice, ColumnName, Cut, Grid, ProtocolName, Refinement, choose, measure
+from benchmarks.voc_runs import Measured
 from tests import reference
 
 
@@ -260,7 +260,7 @@ def measured(own: Sequence[float], given: Sequence[float]) -> Measured:
 
 
 def test_the_table_has_mean_and_spread_over_seeds() -> None:
-    results: dict[MethodName, list[Measured]] = {
+    results: dict[str, list[Measured]] = {
         "CAM-GAP": [measured([30, 31], [40, 41]), measured([34, 35], [40, 41])],
         "ours": [measured([45, 48], [50, 51]), measured([51, 54], [50, 51])],
         "ceiling": [measured([60, 60], [80, 80]), measured([60, 60], [100, 100])],
@@ -330,7 +330,7 @@ def test_finished_runs_are_not_repeated(finished: Path, monkeypatch: pytest.Monk
         pytest.fail("computed again")
 
     before = (finished / "voc_animals.md").read_text()
-    for module, name in ((voc_animals, "train_main"), (voc_protocol, "choose"), (voc_protocol, "measure")):
+    for module, name in ((voc_runs, "train_main"), (voc_protocol, "choose"), (voc_protocol, "measure")):
         monkeypatch.setattr(module, name, unexpected)
     assert voc_animals.main([*QUICK, "--output", str(finished)]) == 0
     tables = [text[text.index("Mean IoU") :] for text in (before, (finished / "voc_animals.md").read_text())]
@@ -362,7 +362,7 @@ def test_runs_of_another_machine_are_not_repeated(
         trained.append(arguments)
         return 130
 
-    monkeypatch.setattr(voc_animals, "train_main", interrupted)
+    monkeypatch.setattr(voc_runs, "train_main", interrupted)
     arguments = [*QUICK, "--output", str(tmp_path), "--records", str(records)]
     assert voc_animals.main(arguments) == 0
     assert not trained
@@ -377,7 +377,7 @@ def test_answers_are_remembered_per_question(tmp_path: Path) -> None:
     answers = iter([{"a": 1}, {"a": 2}])
     path = tmp_path / "answer.json"
     for question, expected in (({"grid": (1, 2)}, 1), ({"grid": (1, 2)}, 1), ({"grid": (1, 3)}, 2)):
-        assert voc_animals.remembered(path, question, lambda: next(answers)) == {"a": expected}
+        assert voc_runs.remembered(path, question, lambda: next(answers)) == {"a": expected}
 
 
 def test_an_interrupted_training_goes_on(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,7 +393,7 @@ def test_an_interrupted_training_goes_on(finished: Path, tmp_path: Path, monkeyp
         calls.append(parse_arguments(arguments))
         return 130
 
-    monkeypatch.setattr(voc_animals, "train_main", interrupted)
+    monkeypatch.setattr(voc_runs, "train_main", interrupted)
     assert voc_animals.main([*QUICK, "--output", str(output)]) == 130
     (settings,) = calls
     assert settings.resume == settings.output == output / "ours_3"

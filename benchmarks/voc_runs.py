@@ -1,0 +1,383 @@
+"""Networks that are trained with several seeds and measured by the protocol: the rows of a table.
+
+`make_page` does what a benchmark's command does. A row is a name and a `Method`.
+"""
+
+import hashlib
+import json
+import platform
+import shlex
+import statistics
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import tyro
+from ablate_voc import slug
+from torch import Tensor
+from train_voc import main as train_main
+from voc.arguments import parse_arguments, run_settings
+from voc.checkpoints import load_trained
+from voc.dataset.labels import find_labels
+from voc.dataset.layout import class_indices, read_classes, read_split
+from voc.dataset.splits import VOCDataset, load_split_with_masks
+from voc.dataset.toy import toy_voc
+from voc.devices import choose_device
+from voc.evaluation.tables import markdown
+from voc.files.whole import write_text_whole
+from voc.settings import Settings
+
+from benchmarks import voc_protocol
+from benchmarks.processor import cpu_model
+from benchmarks.voc_protocol import PROTOCOLS, Choice, ColumnName, Cut, Grid, ProtocolName, Refinement
+from wsseg_layers import __version__
+
+ANIMALS = ("background", "cat", "cow", "dog", "horse", "person", "sheep")
+TITLES = {"raw": "raw", "pamr": "+ PAMR", "par": "+ PAR", "crf": "+ CRF"}
+PROTOCOL_TITLES = {"own": "classes chosen by the network", "given": "image labels given"}
+PACKAGES = ("torch", "kornia", "accelerate", "pillow")
+
+MIN_PROBABILITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
+
+# They do not change what is trained, and the protocol does not use them.
+FREE_SETTINGS = ("resume", "device", "workers", "refine", "background_power", "min_probability")
+
+# A training that takes seconds.
+SMOKE = shlex.split(
+    "--preset toy --epochs 2 --classification-epochs 1 --crop-size 65 --classification-crop-size 65 --channels 8 "
+    "--batch-size 4 --scales 1 --workers 1"
+)
+
+
+class Method(NamedTuple):
+    """A row of the table: the arguments of its training, and what may be chosen at test time."""
+
+    model: str
+    arguments: tuple[str, ...]
+    grid: Grid
+
+
+class Measured(NamedTuple):
+    """A trained network: its choices, and the IoU per class [C + 1] of every column, both by protocol."""
+
+    choices: Mapping[ProtocolName, Choice]
+    iou: Mapping[ProtocolName, Mapping[str, Tensor]]
+    training_seconds: float
+    measuring_seconds: float
+    where: str  # the date, the machine and the versions
+
+
+Results = Mapping[str, Sequence[Measured]]  # by row, one per seed
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The arguments that all tables have, after VOC_ROOT."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the trainings."""
+
+    output: Path = Path("runs")
+    """Folder of the trainings and of the numbers behind the table."""
+
+    labels: Path | None = None
+    """File of image-level labels. Default: VOC_ROOT/image_labels.txt if there is one, else as in train_voc.py."""
+
+    records: Path | None = None
+    """Folder with one small file per finished run: its settings, choices and numbers. A run with a file there is not
+    repeated, even if --output is empty. Default: `records` in --output."""
+
+    columns: tuple[ColumnName, ...] = ()
+    """Columns of refined masks beside the raw ones."""
+
+    table_classes: tuple[str, ...] = ANIMALS
+    """Classes of the table and its mean."""
+
+    page: Path = Path("page.md")
+    """The file of the table."""
+
+    smoke: bool = False
+    """Run everything on a toy data set of a few images, to see that it works. The page is in the output folder."""
+
+
+RunsT = TypeVar("RunsT", bound=Runs)
+
+
+class Unfinished(Exception):  # noqa: N818  # not an error
+    """A training ended early; `code` is its exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def make_page(
+    program: str,
+    description: str | None,
+    kind: type[RunsT],
+    choose_rows: Callable[[RunsT], Mapping[str, Method]],
+    write: Callable[[RunsT, Path, str, Results], str],
+    argv: Sequence[str] | None,
+) -> int:
+    """Train and measure what is missing, then write the page. Returns the exit code.
+
+    Args:
+        program: the file name of the benchmark.
+        description: the text of its help.
+        kind: its arguments after VOC_ROOT.
+        choose_rows: returns the rows of the table.
+        write: returns the text of the page, from the arguments, the root of the data, the command after the
+            file name, and the results.
+        argv: the command line, default `sys.argv[1:]`.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    root = Path(given.pop(0)) if given and not given[0].startswith("-") else None
+    runs, others = tyro.cli(kind, args=given, description=description, return_unknown_args=True)
+    try:
+        rows = choose_rows(runs)
+        if not runs.seeds:
+            raise ValueError("--seeds needs at least one value")
+        runs, data, others = prepare(runs, root, others)
+        results = {
+            name: [run_one(runs, data, name, method, seed, others) for seed in runs.seeds]
+            for name, method in rows.items()
+        }
+        arguments = shlex.join(given).replace(str(data), "VOC_ROOT")
+        text = write(runs, data, f"{program} {'' if runs.smoke else 'VOC_ROOT '}{arguments}".strip(), results)
+        runs.page.parent.mkdir(parents=True, exist_ok=True)
+        write_text_whole(runs.page, text)
+    except Unfinished as stop:
+        return stop.code
+    except (ValueError, OSError) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; repeat the command to continue", file=sys.stderr)
+        return 130
+    print(f"\n{text}\n{runs.page}")
+    return 0
+
+
+def prepare(runs: RunsT, root: Path | None, others: Sequence[str]) -> tuple[RunsT, Path, list[str]]:
+    """Return the arguments, the root of the data, and the other arguments of every training; wrong ones are errors."""
+    if runs.smoke:
+        data = toy_voc(runs.output / "data", num_train=8, num_val=2)
+        classes = ("background", *read_classes(data))
+        return replace(runs, table_classes=classes, page=runs.output / runs.page.name), data, [*SMOKE, *others]
+    if root is None:
+        raise ValueError("VOC_ROOT is missing: give the root of the data set first, or --smoke")
+    for split in ("train", "val"):  # what is missing is reported before hours of training
+        load_split_with_masks(root, read_split(root, split), read_classes(root))
+    labels = root / "image_labels.txt"
+    if runs.labels is None and labels.is_file():
+        runs = replace(runs, labels=labels)
+    return runs, root, list(others)
+
+
+def run_one(runs: Runs, data: Path, name: str, method: Method, seed: int, others: Sequence[str]) -> Measured:
+    """Return the numbers of one network, from its record or after `train_and_measure`."""
+    folder = runs.output / f"{slug(name).lower()}_{seed}"
+    arguments = ["--data", str(data), *others, *method.arguments, "--seed", str(seed), "--output", str(folder)]
+    if runs.labels is not None:
+        arguments += ["--labels", str(runs.labels)]
+    arguments += ["--table-classes", *runs.table_classes]
+    settings = parse_arguments(arguments)
+    if settings.checkpoint != "last":
+        raise ValueError("--checkpoint best chooses an epoch on validation images: the protocol takes the last one")
+    question = {
+        "grid": method.grid,
+        "refinements": voc_protocol.REFINEMENTS,
+        "columns": runs.columns,
+        "classes": runs.table_classes,
+    }
+    records = runs.records or runs.output / "records"
+    records.mkdir(parents=True, exist_ok=True)
+    found = remembered(
+        records / f"{folder.name}.json",
+        {**question, "settings": settings_of_training(settings), "data": fingerprint(data, settings.labels)},
+        lambda: train_and_measure(runs, data, name, method, settings, arguments, question),
+    )
+    iou = {
+        protocol: {column: torch.tensor(values, dtype=torch.float64) for column, values in columns.items()}
+        for protocol, columns in found["iou"].items()
+    }
+    choices = {protocol: load_choice(found["choices"][protocol]) for protocol in PROTOCOLS}
+    return Measured(choices, iou, found["training_seconds"], found["measuring_seconds"], found["where"])
+
+
+def train_and_measure(
+    runs: Runs,
+    data: Path,
+    name: str,
+    method: Method,
+    settings: Settings,
+    arguments: Sequence[str],
+    question: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Train one network, choose on the training split and measure on the validation split, where that is missing."""
+    folder, seed = settings.output, settings.seed
+    rows = class_indices(runs.table_classes, ("background", *read_classes(data)), source="--table-classes")
+    started = (folder / "settings.json").is_file()
+    if started:
+        check_same_run(folder, settings)
+    if not (folder / "iou.csv").is_file():
+        print(f"\n{name}, seed {seed}: python examples/train_voc.py {shlex.join(arguments)}", flush=True)
+        with stopwatch(folder / "training_seconds.txt"):
+            code = train_main([*arguments, *(["--resume", str(folder)] if started else [])])
+        if code:
+            raise Unfinished(code)
+
+    def network() -> Any:
+        return load_trained(folder / f"{method.model}.pt").model.to(choose_device(settings.device))
+
+    def choose() -> Any:
+        chosen = voc_protocol.choose(
+            network(), load_set(settings, data, "train"), settings.scales, method.grid, runs.columns, rows
+        )
+        return {protocol: choice._asdict() for protocol, choice in chosen.items()}
+
+    def measure() -> Any:
+        found = voc_protocol.measure(network(), load_set(settings, data, "val"), settings.scales, choices, runs.columns)
+        return {protocol: {column: iou.tolist() for column, iou in by.items()} for protocol, by in found.items()}
+
+    print(f"{name}, seed {seed}: choices on the training split, then the validation split", flush=True)
+    with stopwatch(folder / "measuring_seconds.txt"):
+        stored = remembered(folder / "choices.json", question, choose)
+        choices = {protocol: load_choice(stored[protocol]) for protocol in PROTOCOLS}
+        measured = remembered(folder / "measured.json", {**question, "choices": stored}, measure)
+    return {
+        "choices": stored,
+        "iou": measured,
+        **{f"{part}_seconds": read_seconds(folder / f"{part}_seconds.txt") for part in ("training", "measuring")},
+        "where": f"{date.today()}, {machine()}. {versions()}",
+    }
+
+
+def settings_of_training(settings: Settings) -> dict[str, Any]:
+    """Return the settings that change what is trained, without those that name a place."""
+    places = ("data", "labels", "output", "keep_checkpoints")
+    return {key: value for key, value in settings.to_json().items() if key not in (*FREE_SETTINGS, *places)}
+
+
+def fingerprint(data: Path, labels: Path | None) -> str:
+    """Return a hash of the names of the images in both splits, and of the image-level labels if they are in a file."""
+    content = [repr(read_split(data, split)) for split in ("train", "val")]
+    if labels is not None:
+        content.append(labels.read_text())
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
+
+
+def check_same_run(folder: Path, settings: Settings) -> None:
+    """Raise a ValueError if the run in a folder was made with other settings than these."""
+    wanted, found = asdict(settings), asdict(run_settings(folder))
+    for key, value in wanted.items():
+        if key not in FREE_SETTINGS and value != found[key]:
+            option = f"--{key.replace('_', '-')}"
+            raise ValueError(f"the run in {folder} has {option} {found[key]}, not {value}: give another --output")
+
+
+def load_set(settings: Settings, data: Path, split: str) -> VOCDataset:
+    """Return the images of a split, with masks and with the image-level labels of the training."""
+    classes = read_classes(data)
+    names = read_split(data, split)
+    labels = find_labels(data, names, classes, settings.labels)
+    return VOCDataset(replace(load_split_with_masks(data, names, classes), labels=labels))
+
+
+def load_choice(stored: Mapping[str, Any]) -> Choice:
+    """Return the choice that was written as JSON."""
+    refinements = {
+        name: Refinement(num_iter, tuple(dilations)) for name, (num_iter, dilations) in stored["refinements"].items()
+    }
+    return Choice(Cut(*stored["cut"]), refinements, stored["backgrounds"])
+
+
+def remembered(path: Path, question: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+    """Return the answer in a file if it belongs to this question; otherwise compute and write it."""
+    asked = json.loads(json.dumps(question))
+    if path.is_file():
+        stored = json.loads(path.read_text())
+        if stored["question"] == asked:
+            return stored["answer"]
+    answer = json.loads(json.dumps(compute()))
+    write_text_whole(path, json.dumps({"question": asked, "answer": answer}, indent=2) + "\n")
+    return answer
+
+
+@contextmanager
+def stopwatch(path: Path) -> Iterator[None]:
+    """Add the seconds of the context to those in a file; an interrupted command counts too."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        if path.parent.is_dir():
+            write_text_whole(path, f"{read_seconds(path) + time.perf_counter() - started:.1f}\n")
+
+
+def read_seconds(path: Path) -> float:
+    """Return the seconds in a file, 0 without one."""
+    return float(path.read_text()) if path.is_file() else 0.0
+
+
+def places(results: Results) -> str:
+    """Return a list of the days, machines and versions of all runs."""
+    found = sorted({one.where for measured in results.values() for one in measured})
+    return "\n".join(textwrap.fill(f"- {place}", 120, subsequent_indent="  ") for place in found)
+
+
+def about_the_data(runs: Runs) -> str:
+    """Return a sentence about what the numbers are not."""
+    if runs.smoke:
+        return "This is a test run on drawn images: the numbers mean nothing."
+    return "The data are a subset of Pascal VOC 2012 at reduced size: this mean is not VOC's."
+
+
+def machine() -> str:
+    """Return the name of the processor and the number of threads, and that of the GPU if there is one."""
+    threads = torch.get_num_threads()
+    cpu = f"{cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{torch.cuda.get_device_name()}, {cpu}" if torch.cuda.is_available() else cpu
+
+
+def versions() -> str:
+    """Return the versions of Python, of this library and of what it runs on."""
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return f"Python {platform.python_version()}, {packages}, wsseg_layers {__version__}."
+
+
+def numbers(values: Sequence[float]) -> str:
+    """Return numbers as they are printed in the page."""
+    return ", ".join(f"{value:g}" for value in values)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Return the mean and the sample standard deviation; one value has none."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def choice_table(runs: Runs, results: Results) -> str:
+    """Return what was chosen for every row: the background, and for PAMR and PAR iterations x the largest dilation."""
+    columns = runs.columns
+    lines = [["network", "seed", "classes", "lowest probability", "raw", *(TITLES[column] for column in columns)]]
+    for row, measured in results.items():
+        for seed, run in zip(runs.seeds, measured, strict=True):
+            for protocol, (cut, refinements, backgrounds) in run.choices.items():
+                lowest = f"{cut.min_probability:g}" if protocol == "own" else ""
+                cells = [f"{cut.background:g}"]
+                for column in columns:
+                    cell = f"{backgrounds[column]:g}"
+                    if column != "crf":
+                        cell += f"; {refinements[column].num_iter} x {max(refinements[column].dilations)}"
+                    cells.append(cell)
+                lines.append([row, str(seed), protocol, lowest, *cells])
+    return markdown(lines)
