@@ -51,6 +51,11 @@ INGREDIENTS: Rows = {
     "no PAMR": ["--pamr-iterations", "0"],
     "no dense energy loss": ["--energy-loss", "0"],
     "loss of the published code": ["--loss", "published"],
+    # The energy is a sum over pairs of pixels: larger crops need a smaller weight.
+    "crops of 257 in self-supervision": [
+        *("--crop-size", "257", "--classification-crop-size", "193"),
+        *("--energy-loss", "0.6"),
+    ],
 }
 
 TABLES: dict[str, Rows] = {

@@ -1,6 +1,7 @@
 """The two operators, `pamr_affinity` and `pamr_propagate`: checks, registration with PyTorch and gradients."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from wsseg_layers._checks import (
     check_choice,
     check_count,
+    check_dense,
     check_dilations,
     check_flag,
     check_maps,
@@ -43,8 +45,9 @@ def pamr_affinity(
     * ``"par"``: softmax of :math:`-(|I_i - I_n| / (10^{-8} + \sigma_i) / 0.3)^2` with sigma of the neighbours alone,
       plus 0.01 times a softmax of the same form over their distances from the pixel.
 
-    Where the image is flat, the weights are uniform. A NaN in the image makes the weights NaN at every pixel that has
-    it in its neighbourhood. No gradient flows to the image: the affinity is a constant of the refinement.
+    Where the image is flat, the weights are uniform, or NaN for a `Variant` with `guard=0`. A NaN in the image makes
+    the weights NaN at every pixel that has it in its neighbourhood. No gradient flows to the image: the affinity is a
+    constant of the refinement.
 
     Args:
         image: image, [B, K, H, W], any floating-point dtype and strides. The batch may be empty.
@@ -176,6 +179,7 @@ def _check_counts(counts: Tensor, mask: Tensor, affinity: Tensor) -> None:
     if not isinstance(counts, Tensor) or counts.dtype != torch.int64:
         given = counts.dtype if isinstance(counts, Tensor) else type(counts).__name__
         raise TypeError(f"counts must be a torch.int64 tensor, got {given}")
+    check_dense("counts", counts)
     if counts.shape != mask.shape[:1] or mask.shape[0] != affinity.shape[0]:
         raise ValueError(
             f"counts must hold one number per image of mask {list(mask.shape)} and affinity {list(affinity.shape)},"
@@ -220,7 +224,7 @@ def check_variant(variant: str | Variant) -> Variant:
         ("sigma_power", variant.sigma_power, (0, 1, 2)),
         ("power", variant.power, (1, 2)),
     ):
-        if power not in choices or isinstance(power, bool):
+        if power not in choices or not isinstance(power, Integral) or isinstance(power, bool):
             raise ValueError(f"variant.{name} must be one of {', '.join(map(str, choices))}, got {power!r}")
     check_not_negative("variant.guard", variant.guard)
     check_not_negative("variant.position_weight", variant.position_weight)

@@ -1,4 +1,4 @@
-"""The variants of the affinity. To add one, add it to `VARIANTS`: operators, layers and backends read this table."""
+"""The variants of the affinity. To add one, add it to `VARIANTS`: operators look names up there."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Variant(NamedTuple):
         sigma_power: 0, 1 or 2. With 0, differences are divided by the constant guard + weight. With 1, the affinity
             does not change when a channel of the image is scaled.
         power: 1 or 2.
-        guard: keeps the division finite where the image is flat; at least 0.
+        guard: keeps the division finite where the image is flat; at least 0. With 0, the weights are NaN there.
         with_centre: whether sigma counts the pixel itself.
         position_weight: factor of the position term, at least 0. The weights of a pixel sum to 1 + position_weight.
 

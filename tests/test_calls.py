@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from tests.strategies import CPU_BACKENDS
 from wsseg_layers import GCI, PAMR, PAR, FocalSizePenalty, StochasticGate, nGWPPool
-from wsseg_layers.functional import global_cue_injection
+from wsseg_layers.functional import dense_crf, global_cue_injection, normalise_cam, threshold_pseudo_labels
 from wsseg_layers.kernels import pamr_affinity, pamr_propagate
 
 SHAPE = (2, 5, 8, 9)
 IMAGE, MAPS, CUES = torch.rand(2, 3, 8, 9), torch.rand(SHAPE), torch.rand(2, 10, 3, 3)
 AFFINITY = pamr_affinity(IMAGE, [1, 2])
+LABELS = torch.ones(2, 4)
 
 # Every place where a tensor goes in, with the name that an error must give it.
 TENSORS: dict[str, Callable[[Any], Tensor]] = {
@@ -118,6 +119,10 @@ PARAMETERS: dict[str, tuple[Callable[[Any], Tensor], Callable[[Any], bool]]] = {
     "in_channels": (lambda v: GCI(v, 5)(MAPS, torch.rand(2, v, 8, 9)), lambda v: is_integer(v) and 0 < v < 99),
     "out_channels": (lambda v: GCI(5, 5, v)(MAPS, MAPS), lambda v: v is None or (is_integer(v) and 0 < v < 99)),
     "norm": (lambda v: GCI(5, norm=v)(MAPS, MAPS), lambda v: v in ("batch", "instance")),
+    "eps normalise_cam": (lambda v: normalise_cam(MAPS, eps=v), lambda v: is_real(v) and v > 1.2e-38),
+    "floor dense_crf": (lambda v: dense_crf(IMAGE, MAPS, 1, floor=v), lambda v: is_real(v) and 1.2e-38 < v < 1),
+    "foreground": (lambda v: threshold_pseudo_labels(MAPS, LABELS, v).float(), lambda v: is_real(v) and v >= 0),
+    "floor labels": (lambda v: threshold_pseudo_labels(MAPS, LABELS, floor=v).float(), lambda v: is_real(v) and v >= 0),
 }  # fmt: skip
 
 

@@ -172,6 +172,8 @@ def test_wrong_settings(arguments: dict[str, Any], error: type[Exception], messa
         ({"ROIs": torch.rand(1, 4, 5)}, ValueError, r"ROIs must be \[B, H, W\] for segmentations \[1, 2, 4, 6\]"),
         ({"ROIs": None}, TypeError, "ROIs must be a torch.Tensor, got NoneType"),
         ({"seg_label": torch.zeros(1, 4, 6)}, ValueError, r"seg_label must be \[B, 1, H, W\]"),
+        ({"ROIs": torch.ones(1, 4, 6).to_sparse()}, TypeError, "ROIs must be a dense tensor, got layout"),
+        ({"seg_label": torch.ones(1, 1, 4, 6).to_sparse()}, TypeError, "seg_label must be a dense tensor, got layout"),
         ({"seg_label": None}, TypeError, "seg_label must be a torch.Tensor, got NoneType"),
         ({"seg_label": torch.zeros(1, 1, 4, 6, device="meta")}, ValueError, "images and seg_label must be on one devi"),
         ({"segmentations": torch.rand(1, 0, 4, 6)}, ValueError, "segmentations must have at least one channel"),

@@ -493,7 +493,7 @@ def test_more_classes_than_max_classes() -> None:
     expected = refine_pseudo_labels(images, cams, labels, PAR())
     for bound in (2, 3, 99):
         assert torch.equal(refine_pseudo_labels(images, cams, labels, PAR(), max_classes=bound), expected)
-    with pytest.raises(ValueError, match="max_classes must be at least the classes of an image, 2, got 1"):
+    with pytest.raises(ValueError, match="max_classes must be at least 2, the number of classes of an image, got 1"):
         refine_pseudo_labels(images, cams, labels, PAR(), max_classes=1)
     torch._dynamo.reset()
     compiled = torch.compile(PseudoLabels(PAR(), max_classes=1), fullgraph=True, backend="aot_eager")
@@ -684,6 +684,7 @@ ARGUMENTS: dict[str, Any] = {
             r"boxes must be an integer tensor .*, got torch.complex128",
         ),
         ({"boxes": torch.ones(2, 4).to(torch.uint16)}, TypeError, r"boxes must be an integer tensor .* torch.uint16"),
+        ({"boxes": torch.ones(2, 4).long().to_sparse()}, TypeError, r"boxes must be a dense tensor, got layout"),
         ({"boxes": torch.zeros(2, 3).long()}, ValueError, r"boxes must be \[B, 4\] for images .* got shape \[2, 3\]"),
         ({"boxes": torch.tensor([[0, 9, 0, 9]] * 2)}, ValueError, r"boxes must hold 0 <= top .* got \[0, 9, 0, 9\]"),
         ({"boxes": torch.tensor([[5, 4, 0, 9]] * 2)}, ValueError, r"boxes must hold 0 <= top .* got \[5, 4, 0, 9\]"),
@@ -696,7 +697,7 @@ ARGUMENTS: dict[str, Any] = {
         ),
         ({"crop": "yes"}, TypeError, r"crop must be True or False, got 'yes'"),
         ({"align_corners": None}, TypeError, r"align_corners must be True or False, got None"),
-        ({"ignore_index": 3}, ValueError, r"ignore_index must be no label, of which there are 0 to 4, got 3"),
+        ({"ignore_index": 3}, ValueError, r"ignore_index must not be a label \(0 to 4\), got 3"),
         ({"ignore_index": 255.0}, TypeError, r"ignore_index must be an integer, got 255.0"),
         ({"ignore_index": 2**64}, ValueError, r"ignore_index must be in -9\d+ to 9\d+, the range of torch.int64, got"),
         ({"max_classes": 0}, ValueError, r"max_classes must be at least 1, got 0"),
@@ -765,6 +766,16 @@ def test_exception_of_the_constructor(arguments: dict[str, Any], error: type[Exc
             lambda: multi_scale_cam(lambda x: x[:2], CAMS),
             ValueError,
             r"model must return CAMs for 4 images, half of them mirrored, got shape \[2, 3, 4, 5\]",
+        ),
+        (
+            lambda: multi_scale_cam(lambda x: x[:, :, :0], CAMS),
+            ValueError,
+            r"the result of model must have at least one channel and one pixel, got shape \[4, 3, 0, 5\]",
+        ),
+        (
+            lambda: multi_scale_cam(lambda x: x[:, : x.shape[-1] // 2], CAMS),
+            ValueError,
+            "model must return as many channels at every scale, got 2 and 1",
         ),
     ],
 )

@@ -133,6 +133,8 @@ def test_exception_numbers_of_par(arguments: dict[str, Any], error: type[Excepti
         (Variant(weight=0), ValueError, r"variant.weight must be positive, got 0"),
         (Variant(sigma_power=3), ValueError, r"variant.sigma_power must be one of 0, 1, 2, got 3"),
         (Variant(power=0), ValueError, r"variant.power must be one of 1, 2, got 0"),
+        (Variant(power=2.0), ValueError, r"variant.power must be one of 1, 2, got 2.0"),  # type: ignore[arg-type]
+        (Variant(sigma_power=True), ValueError, r"variant.sigma_power must be one of 0, 1, 2, got True"),
         (Variant(guard=-1.0), ValueError, r"variant.guard must be at least 0, got -1.0"),
         (Variant(with_centre=1), TypeError, r"variant.with_centre must be True or False, got 1"),  # type: ignore[arg-type]
         (Variant(position_weight=-1.0), ValueError, r"variant.position_weight must be at least 0, got -1.0"),

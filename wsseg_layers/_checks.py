@@ -94,16 +94,22 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must have dtype {', '.join(map(str, DTYPES))}, got {tensor.dtype}")
+    check_dense(name, tensor)
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse a sparse or nested tensor."""
     if tensor.is_nested or tensor.layout is not torch.strided:
         layout = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense tensor, got {layout}")
 
 
 def check_integers(name: str, tensor: Tensor) -> None:
-    """Refuse anything but an integer tensor."""
+    """Refuse anything but a dense integer tensor."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in INTEGERS:
         given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be an integer tensor ({', '.join(map(str, INTEGERS))}), got {given}")
+    check_dense(name, tensor)
 
 
 def check_maps(name: str, tensor: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ._background import Background, split_background
 from ._checks import (
     check_count,
+    check_dense,
     check_flag,
     check_floating,
     check_integer,
@@ -67,9 +68,7 @@ def check_ignore_index(ignore_index: int, labels: Tensor) -> None:
     """Refuse an index that is not an integer of 64 bits, or is the label of a class or of the background."""
     check_range(ignore_index, torch.int64)
     if 0 <= ignore_index <= labels.shape[1]:
-        raise ValueError(
-            f"ignore_index must be no label, of which there are 0 to {labels.shape[1]}, got {ignore_index}"
-        )
+        raise ValueError(f"ignore_index must not be a label (0 to {labels.shape[1]}), got {ignore_index}")
 
 
 def check_cams(cams: Tensor, labels: Tensor, background_first: bool) -> Tensor:
@@ -88,8 +87,7 @@ def check_labels(labels: Tensor, named_maps: tuple[str, Tensor], num_classes: in
     if not isinstance(labels, Tensor) or labels.is_complex():
         given = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels must be a tensor of numbers or torch.bool, got {given}")
-    if labels.layout is not torch.strided:
-        raise TypeError(f"labels must be a dense tensor, got layout {labels.layout}")
+    check_dense("labels", labels)
     if num_classes < 1:
         raise ValueError(
             f"{name} must have a channel for the background and at least one class, got {list(maps.shape)}"

@@ -11,6 +11,7 @@ from ._checks import (
     DTYPES,
     check_choice,
     check_count,
+    check_dense,
     check_dilations,
     check_maps,
     check_multiple_batch,
@@ -115,6 +116,7 @@ def check_classes(classes: Tensor, named_mask: tuple[str, Tensor]) -> None:
     if not isinstance(classes, Tensor) or classes.dtype != torch.bool:
         given = classes.dtype if isinstance(classes, Tensor) else type(classes).__name__
         raise TypeError(f"classes must be a torch.bool tensor, got {given}")
+    check_dense("classes", classes)
     if classes.shape != mask.shape[:2]:
         raise ValueError(f"classes must be [B, C] for {name} {list(mask.shape)}, got shape {list(classes.shape)}")
     check_same_device((name, mask), ("classes", classes))
@@ -137,7 +139,9 @@ def present_first(classes: Tensor, max_classes: int | None = None) -> tuple[Tens
     if reads_values(counts):
         largest = int(counts.max())
         if max_classes is not None and largest > max_classes:
-            raise ValueError(f"max_classes must be at least the classes of an image, {largest}, got {max_classes}")
+            raise ValueError(
+                f"max_classes must be at least {largest}, the number of classes of an image, got {max_classes}"
+            )
         return index[:, : max(1, largest)], counts
     if max_classes is not None and max_classes < classes.shape[1]:
         torch._assert_async((counts <= max_classes).all(), "max_classes is exceeded by the classes of an image")

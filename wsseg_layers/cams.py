@@ -40,7 +40,7 @@ def normalise_cam(cams: Tensor, eps: float = 1e-5) -> Tensor:
     check_positive("eps", eps)
     values = cast(cams, working_dtype(cams))
     shifted = values - values.amin(dim=(2, 3), keepdim=True)
-    return cast(shifted / (shifted.amax(dim=(2, 3), keepdim=True) + eps), cams.dtype)
+    return cast(shifted / (shifted.amax(dim=(2, 3), keepdim=True) + float(eps)), cams.dtype)
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def multi_scale_cam(
     Raises:
         TypeError: an argument or the result of `model` has the wrong type.
         ValueError: a dimension is missing or empty, `scales` is empty, a scale is not positive, or `model` returns the
-            wrong number of CAMs.
+            wrong number of CAMs, or CAMs without a pixel.
 
     Source:
         `multi_scale_cam` of Ru et al., CVPR 2022.
@@ -95,10 +95,15 @@ def multi_scale_cam(
         inputs = torch.cat([scaled, scaled.flip(-1)]) if flip else scaled
         cams = model(inputs)
         check_maps("the result of model", cams)
+        check_pixels("the result of model", cams)
         if len(cams) != len(inputs):
             raise ValueError(
                 f"model must return CAMs for {len(inputs)} images{', half of them mirrored' if flip else ''},"
                 f" got shape {list(cams.shape)}"
+            )
+        if total is not None and cams.shape[1] != total.shape[1]:
+            raise ValueError(
+                f"model must return as many channels at every scale, got {total.shape[1]} and {cams.shape[1]}"
             )
         cams = _resize(cams, size)
         if flip:

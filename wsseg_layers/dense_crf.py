@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_count, check_maps, check_not_negative, check_pixels, check_positive
+from ._dtypes import cast, working_dtype
 from ._refinement import check_classes, present_first, put_channels, take_channels
 from .kernels import BackendName
 from .kernels.filters import check_image, mean_field
@@ -100,8 +101,7 @@ def dense_crf(
 
 def _log(probabilities: Tensor, floor: float) -> Tensor:
     """Return the logarithm, in at least float32: a small floor would be 0 in half precision."""
-    real = probabilities.double() if probabilities.dtype.itemsize == 8 else probabilities.float()
-    return real.clamp(min=floor).log()
+    return cast(probabilities, working_dtype(probabilities)).clamp(min=float(floor)).log()
 
 
 def check_floor(floor: float) -> None:

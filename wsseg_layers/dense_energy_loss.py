@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._checks import (
+    check_dense,
     check_maps,
     check_not_negative,
     check_pixels,
     check_positive,
     check_same_device,
 )
+from ._dtypes import cast, working_dtype
 from .kernels import BackendName, bilateral_filter
 from .kernels.filters import check_image
 from .kernels.operators import check_backend, has_transforms, is_traced
@@ -85,7 +87,7 @@ def dense_energy_loss(
         raise TypeError(f"rois must be a floating-point tensor, got {rois.dtype}")
     if unlabelled.dtype != torch.bool:
         raise TypeError(f"unlabelled must be a torch.bool tensor, got {unlabelled.dtype}")
-    probabilities = segmentations.to(torch.promote_types(segmentations.dtype, torch.float32))
+    probabilities = cast(segmentations, working_dtype(segmentations))
     inside = rois.detach().to(probabilities.dtype)
     gate = (inside - probabilities.detach().amax(dim=1)).clamp(min=0).masked_fill(unlabelled, 1)
     probabilities = probabilities * inside[:, None]
@@ -132,6 +134,7 @@ class _ProductOfZeros(torch.autograd.Function):
 def _check_region(name: str, region: Tensor, segmentations: Tensor) -> None:
     if not isinstance(region, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(region).__name__}")
+    check_dense(name, region)
     expected = (segmentations.shape[0], *segmentations.shape[2:])
     if region.shape != expected:
         raise ValueError(
@@ -199,6 +202,7 @@ class DenseEnergyLoss(nn.Module):
         _check_region("ROIs", ROIs, segmentations)
         if not isinstance(seg_label, Tensor):
             raise TypeError(f"seg_label must be a torch.Tensor, got {type(seg_label).__name__}")
+        check_dense("seg_label", seg_label)
         if seg_label.shape != (images.shape[0], 1, *images.shape[2:]):
             raise ValueError(
                 f"seg_label must be [B, 1, H, W] for images {list(images.shape)}, got shape {list(seg_label.shape)}"
@@ -227,7 +231,7 @@ class DenseEnergyLoss(nn.Module):
             self.sigma_xy * self.scale_factor,
             self.backend,
         )
-        return self.weight * loss
+        return float(self.weight) * loss
 
     def _resize(self, maps: Tensor) -> Tensor:
         return F.interpolate(maps, scale_factor=self.scale_factor, recompute_scale_factor=True)

@@ -51,8 +51,8 @@ def pamr(
     printed. "pamr" does not change when a channel of the image is scaled or shifted, so the image needs no particular
     normalisation.
 
-    Weights are computed in float32 and are constants: the result is differentiable with respect to the masks only. A
-    NaN in the image or in the masks spreads to all pixels that it can reach within `num_iter` iterations.
+    Weights are computed in at least float32 and are constants: the result is differentiable with respect to the masks
+    only. A NaN in the image or in the masks spreads to all pixels that it can reach within `num_iter` iterations.
 
     Args:
         image: image, [B, K, H, W], any number of channels.
@@ -67,8 +67,8 @@ def pamr(
         backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.pamr_propagate`.
         affinity_dtype: dtype in which the weights are stored. float16 halves their memory; each weight then has a
             relative error of at most 2^-11, and weights below 6e-8 become 0.
-        classes: bool, [B, C], the channels to refine, such as the classes in an image-level label and the background.
-            The others cost no iterations.
+        classes: bool, [B, C], or [B * V, C] for V masks per image: the channels to refine, such as the classes in an
+            image-level label and the background. The others cost no iterations.
         absent: the result in channels that are not in `classes`: "zero", or "keep" for the given masks.
 
     Returns:

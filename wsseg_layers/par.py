@@ -53,7 +53,8 @@ def par(
     deviation over the neighbours; `guard` is added to it. The weights sum to 1 + w2, so that with the published w2 of
     0.01 the masks grow by 1 % per iteration.
 
-    Weights are computed in float32 and are constants: the result is differentiable with respect to the masks only.
+    Weights are computed in at least float32 and are constants: the result is differentiable with respect to the masks
+    only.
 
     Args:
         imgs: images, [B, K, H, W].
@@ -66,11 +67,11 @@ def par(
         backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.pamr_propagate`.
         w1: factor of sigma in both terms, positive.
         w2: factor of the position term, at least 0; 0 leaves the colour term alone.
-        guard: added to sigma, at least 0.
+        guard: added to sigma, at least 0. With 0, the weights are NaN where the image is flat.
         affinity_dtype: dtype in which the weights are stored. float16 halves their memory; each weight then has a
             relative error of at most 2^-11, and weights below 6e-8 become 0.
-        classes: bool, [B, C], the channels to refine, such as the classes in an image-level label and the background.
-            The others cost no iterations.
+        classes: bool, [B, C], or [B * V, C] for V masks per image: the channels to refine, such as the classes in an
+            image-level label and the background. The others cost no iterations.
         absent: the result in channels that are not in `classes`: "zero", or "keep" for the given masks.
 
     Returns:

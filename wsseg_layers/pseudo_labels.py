@@ -126,7 +126,8 @@ def refine_pseudo_labels(
     6. With two background scores, (high, low), steps 2 to 5 are done for both. A pixel that has a class with the high
        score keeps this class. A pixel that is background with both scores is background. All others are ignored.
 
-    Classes that are absent cost nothing and never appear. All resizing is bilinear. Where two channels are equal, the
+    Classes that are absent never appear. On a CPU in eager mode they cost nothing; elsewhere, see `max_classes`. All
+    resizing is bilinear. Where two channels are equal, the
     background wins over the classes, and the first class over the others.
 
     Args:
@@ -324,8 +325,10 @@ def threshold_pseudo_labels(
     channels = F.pad(classes + 1, (1, 0))  # [B, 1 + M], background first
     present = F.pad(mark_present(classes, counts), (1, 0), value=True)
     packed = cast(take_channels(masks.detach(), channels), working_dtype(masks))
-    fractions = torch.cat([packed.new_full((1,), background), packed.new_full(classes.shape[1:], foreground)])
-    threshold = (packed.amax(dim=(2, 3)) * fractions).clamp(min=floor)
+    fractions = torch.cat(
+        [packed.new_full((1,), float(background)), packed.new_full(classes.shape[1:], float(foreground))]
+    )
+    threshold = (packed.amax(dim=(2, 3)) * fractions).clamp(min=float(floor))
     claimed = (packed > threshold[:, :, None, None]) & present[:, :, None, None]
     single = claimed.sum(dim=1) == 1
     first = claimed.to(torch.uint8).argmax(dim=1)  # [B, h, w]

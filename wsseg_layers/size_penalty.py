@@ -15,8 +15,8 @@ def focal_size_penalty(masks: Tensor, p: float = 3.0, lam: float = 0.01) -> Tens
 
     .. math:: (1 - \bar m_c)^p \log(\lambda + \bar m_c), \qquad \bar m_c = \frac{1}{hw} \sum_{ij} m_{cij}
 
-    Mean, power and logarithm are computed at least in float32. A mean above 1, which rounding can cause, counts as 1.
-    The derivative of the power at 1 is defined as zero, so that no `p` gives NaN.
+    Mean, power and logarithm are computed at least in float32. In the power, a mean above 1, which rounding
+    can cause, counts as 1. The derivative of the power at 1 is defined as zero, so that no `p` gives NaN.
 
     Args:
         masks: masks m of the foreground classes in [0, 1], [B, C, h, w].

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_flag, check_floating, check_real, check_same_device
+from ._dtypes import common_dtype
 
 Mode = Literal["stochastic", "deterministic"]
 MODES = get_args(Mode)
@@ -58,7 +59,7 @@ def stochastic_gate(deep: Tensor, shallow: Tensor, mixing_rate: float = 0.3, tra
     check_same_device(("deep", deep), ("shallow", shallow))
 
     mixing_rate = float(mixing_rate)
-    dtype = torch.promote_types(deep.dtype, shallow.dtype)
+    dtype = common_dtype(deep, shallow)
     if mixing_rate == 0:
         return deep.to(dtype)
     if not training:

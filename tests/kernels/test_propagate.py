@@ -278,6 +278,7 @@ def test_one_affinity_serves_several_masks_of_an_image(backend: BackendName) -> 
     ("counts", "error", "message"),
     [
         ([1, 2], TypeError, r"counts must be a torch.int64 tensor, got list"),
+        (torch.tensor([1, 2]).to_sparse(), TypeError, r"counts must be a dense tensor, got layout torch.sparse_coo"),
         (torch.tensor([1.0, 2.0]), TypeError, r"counts must be a torch.int64 tensor, got torch.float32"),
         (
             torch.tensor([1]),

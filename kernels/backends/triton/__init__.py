@@ -27,10 +27,14 @@ __all__ = [
 ]
 
 
+def interpreted() -> bool:
+    """Return whether the kernels run in Triton's interpreter, which takes tensors on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def unavailable(device: torch.device) -> str | None:
     """Return why the kernels do not run on a device, or None if they do."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:  # "cuda" is also what PyTorch calls ROCm devices
+    if device.type != "cuda" and not interpreted():  # "cuda" is also what PyTorch calls ROCm devices
         return "runs on CUDA and ROCm devices only"
     try:
         return _probe(device)

@@ -4,12 +4,13 @@
 # Arguments of a jit function have the types that its launch gives them.
 
 import functools
-import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import interpreted
 
 
 @triton.jit
@@ -50,8 +51,3 @@ def warp_size(device: torch.device) -> int:
         return 32
     with torch.cuda.device(device):
         return triton.runtime.driver.active.get_current_target().warp_size
-
-
-def interpreted() -> bool:
-    """Return whether the kernels run in Triton's interpreter, which takes tensors on any device."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
