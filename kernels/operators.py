@@ -107,8 +107,9 @@ def pamr_propagate(
         num_iter: number of iterations; 0 copies the masks.
         backend: "auto" for the first usable backend, or the name of one; see `available_backends`.
         counts: int64, [B], on the device of `mask`: image b has only `counts[b]` channels, the first ones. The others
-            cost no iterations, and are 0 in the result. Each count is in 0 to C. This is checked on a CPU only, because
-            elsewhere the check would wait for the device. Default: all channels of all images.
+            are 0 in the result, and cost no iterations, except in plain PyTorch on a GPU. Each count is in 0 to C. This
+            is checked in eager mode on a CPU only: elsewhere the check would wait for the device, or the values are not
+            known yet. Default: all channels of all images.
 
     Returns:
         Masks in the shape of `mask`, contiguous and in its dtype.

@@ -44,8 +44,8 @@ class Variant(NamedTuple):
     position_weight: float = 0.0
 
     @property
-    def in_double(self) -> bool:
-        """Whether exponents can be so large that float32 is too inexact, as at an outlier among equal neighbours."""
+    def is_steep(self) -> bool:
+        """Whether exponents have no bound, as at an outlier among equal neighbours: plain float32 is too inexact."""
         return self.sigma_power != 1 or self.power == 2
 
     def samples(self, dilations: int) -> int:

@@ -277,6 +277,8 @@ for shape, dilations in itertools.product(shapes, ([1], [24, 2], [2**31 - 1, 3])
         numbers, counts = torch.arange(channels).expand(batch, -1) + 1, torch.randint(channels + 1, (batch,))
         for scores in (1, 2):
             cpp.choose_labels(maps, numbers, counts, scores, size, 255)
+# A row of all neighbours has fewer weights than a register has lanes.
+cpp.propagate(torch.rand(1, 2, 4, 1), pamr_affinity(torch.rand(1, 3, 4, 1), [1], "pamr", "cpp"), [1], 1)
 """
     environment = {
         **os.environ,

@@ -264,6 +264,24 @@ def test_values_of_absent_channels_do_not_matter(backend: BackendName) -> None:
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_counts_of_any_strides(backend: BackendName) -> None:
+    mask, affinity = torch.rand(3, 4, 6, 7), pamr_affinity(torch.rand(3, 3, 6, 7), [1, 2])
+    for counts in (torch.tensor([3, 0, 1, 0, 4])[::2], torch.tensor(2).expand(3), torch.tensor([1, 4, 2]).flip(0)):
+        actual = pamr_propagate(mask, affinity, [1, 2], 2, backend, counts)
+        assert torch.equal(actual, pamr_propagate(mask, affinity, [1, 2], 2, backend, counts.clone()))
+        assert torch.equal(actual.any(dim=3).any(dim=2).sum(dim=1), counts)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_mapped_counts_beyond_the_channels_read_no_other_memory(backend: BackendName) -> None:
+    mask, affinity = torch.rand(2, 1, 3, 6, 7), pamr_affinity(torch.rand(1, 3, 6, 7), [1])
+    counts = torch.tensor([[100_000], [-5]])  # under vmap, values are not checked
+    actual = torch.func.vmap(lambda m, c: pamr_propagate(m, affinity, [1], 1, backend, c))(mask, counts)
+    torch.testing.assert_close(actual[0], pamr_propagate(mask[0], affinity, [1], 1, backend))
+    assert not actual[1].any()
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_one_affinity_serves_several_masks_of_an_image(backend: BackendName) -> None:
     mask, affinity = torch.rand(6, 4, 5, 7, requires_grad=True), pamr_affinity(torch.rand(2, 3, 5, 7), [1, 2])
     actual = pamr_propagate(mask, affinity, [1, 2], 3, backend)

@@ -78,7 +78,7 @@ def _in_double(variant: Variant, dtype: torch.dtype) -> bool:
     Differences that matter are at most some tens after the division by sigma, so float32 is exact enough for squares.
     """
     bounded = variant.sigma_power == 1 and variant.weight >= LEAST_WEIGHT and dtype != torch.float64
-    return variant.in_double and not bounded
+    return variant.is_steep and not bounded
 
 
 def propagate(
@@ -108,7 +108,8 @@ def _propagate(
     if counts is None:
         result = masks.new_empty(masks.shape)
     else:
-        counts, result = counts.contiguous(), masks.new_zeros(masks.shape)
+        # Compiled and mapped calls do not check the counts. The C++ would read and write beyond the maps.
+        counts, result = counts.clamp(0, masks.shape[1]).contiguous(), masks.new_zeros(masks.shape)
     _, neighbours, height, width = affinity.shape
     weights_bytes = neighbours * height * width * rows.itemsize
     chunk_bytes = CHUNK_BYTES if weights_bytes <= CACHED_WEIGHTS_BYTES else CHUNK_BYTES_FROM_MEMORY

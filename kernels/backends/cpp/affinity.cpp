@@ -55,14 +55,14 @@ template <typename Real> static Vector<Real> square_root(Vector<Real> x)
 static Vector<float> power_of_2(Vector<float> x)
 {
     typedef int32_t Bits __attribute__((vector_size(REGISTER)));
-    constexpr float magic = 3 << 22; // adding it rounds, and leaves the integer in the lowest bits
+    constexpr float magic = (3 << 22) + 127; // adding it rounds, and leaves the integer + 127 in the lowest bits
     x = larger(Vector<float>{} - 126, x);
     const Vector<float> shifted = x + magic, rest = x - (shifted - magic);
     // The polynomial of degree 6 that comes closest to 2^rest for |rest| <= 1/2.
     Vector<float> series = Vector<float>{} + 1.5345811e-4f;
     for (float coefficient : {1.3399931e-3f, 9.618489e-3f, 5.5503287e-2f, 2.4022647e-1f, 6.9314721e-1f, 1.f})
         series = series * rest + coefficient;
-    return (Vector<float>)((Bits)series + ((Bits)shifted << 23)); // the integer is added to the exponent
+    return series * (Vector<float>)((Bits)shifted << 23); // 2^integer: the lowest bits become its exponent field
 }
 
 // Exponents in float32 are exact enough if nothing cancels. With the power 2, s_n = |I_n - I_i| / (...) may be large
@@ -72,8 +72,8 @@ static Vector<float> power_of_2(Vector<float> x)
 // is a product of sums without cancellation.
 template <int power, typename Real> constexpr bool FACTORED = power == 2 && sizeof(Real) == sizeof(float);
 
-// Fill scratch.scales of channel k with factor / (guard + weight sigma^sigma_power), and scratch.nearest with the value
-// that differences are taken from.
+// Fill, for channel k, scratch.scales with factor / (guard + weight sigma^sigma_power), scratch.nearest with the value
+// that differences are taken from, and scratch.shifts with twice its distance from the pixel.
 template <int power, typename Real>
 static void find_scales(const Scratch<Real> &scratch, int64_t k, int64_t x, int64_t pitch, Real factor,
                         const Affinity &task)

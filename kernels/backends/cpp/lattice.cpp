@@ -5,9 +5,9 @@
 // A pixel lies in a simplex of D + 1 corners. Filtering adds its values to the corners (splat), blurs the lattice along
 // its D + 1 axes, and reads the corners again (slice), with the same barycentric weights.
 //
-// Pixels are cut into bands, and every band has its own rows of values, one per vertex that its pixels touch. Bands run in
-// parallel, and their rows are summed in the order of the bands. The bands depend on the number of pixels only, so that
-// results do not depend on the number of threads.
+// Pixels are cut into bands, and every band has its own rows of values, one per vertex that its pixels touch. Bands run
+// in parallel, and their rows are summed in the order of the bands. The bands depend on the number of pixels only, so
+// that results do not depend on the number of threads.
 //
 // The wheels run with the C++ runtime library of GCC 4.8. The code therefore uses no std::vector, aligned new or
 // std::exception_ptr: if a newer GCC compiles them, they need its newer library.
@@ -61,7 +61,8 @@ template <typename Body> void parallel(int64_t count, int64_t threads, const Bod
 template <typename Body> void parallel_ranges(int64_t count, int64_t threads, const Body &body)
 {
     constexpr int64_t grain = 1024;
-    const int64_t most = (count + grain - 1) / grain, ranges = threads <= 1 ? 1 : most < 4 * threads ? most : 4 * threads;
+    const int64_t most = (count + grain - 1) / grain;
+    const int64_t ranges = threads <= 1 ? 1 : most < 4 * threads ? most : 4 * threads;
     parallel(ranges, threads, [&](int64_t i) { body(i * count / ranges, (i + 1) * count / ranges); });
 }
 
@@ -77,7 +78,8 @@ public:
     {
         void *pointer;
         size_t bytes;
-        if (__builtin_mul_overflow(size ? size : 1, sizeof(T), &bytes) || posix_memalign(&pointer, 64, bytes)) throw NO_MEMORY;
+        if (__builtin_mul_overflow(size ? size : 1, sizeof(T), &bytes) || posix_memalign(&pointer, 64, bytes))
+            throw NO_MEMORY;
         memory = (T *)pointer;
         for (T &element : *this) new (&element) T;
     }
@@ -333,7 +335,8 @@ template <int D> int count_bits(const double (&low)[D + 1], const double (&high)
     return total;
 }
 
-template <int D, typename Key> void fill(Lattice &lattice, const Points &points, const Packing<D, Key> &packing, int64_t threads)
+template <int D, typename Key>
+void fill(Lattice &lattice, const Points &points, const Packing<D, Key> &packing, int64_t threads)
 {
     constexpr int corners = D + 1;
     Array<Array<Key>> keys(lattice.bands.size);
@@ -414,7 +417,8 @@ template <int D, typename Key> void fill(Lattice &lattice, const Points &points,
 }
 
 template <int D, typename Key>
-void pack_and_fill(Lattice &lattice, const Points &points, const double (&low)[D + 1], const int (&bits)[D], int64_t threads)
+void pack_and_fill(Lattice &lattice, const Points &points, const double (&low)[D + 1], const int (&bits)[D],
+                   int64_t threads)
 {
     Packing<D, Key> packing;
     int shift = 3;
@@ -572,7 +576,8 @@ template <typename R> R slice(const Field<R> &field, const Band &band, int64_t p
 }
 
 // Read and write the channels of a pixel, which are stored in planes.
-template <typename R> void load(R &row, const typename R::Real *values, int64_t pixels, int channels, typename R::Real rest)
+template <typename R>
+void load(R &row, const typename R::Real *values, int64_t pixels, int channels, typename R::Real rest)
 {
     typename R::Real *to = (typename R::Real *)&row;
     for (int c = 0; c < R::channels; c++) to[c] = c < channels ? values[c * pixels] : rest;
@@ -585,8 +590,8 @@ template <typename R> void store(const R &row, typename R::Real *values, int64_t
 }
 
 template <typename R>
-void filter(const Lattice &lattice, const typename R::Real *values, typename R::Real *out, int channels, bool transposed,
-            int64_t threads)
+void filter(const Lattice &lattice, const typename R::Real *values, typename R::Real *out, int channels,
+            bool transposed, int64_t threads)
 {
     using Real = typename R::Real;
     const int64_t pixels = lattice.pixels;
@@ -618,7 +623,8 @@ template <typename Real> void fill_with_nan(Real *out, int64_t count)
 }
 
 template <typename Real>
-void filter_channels(const Lattice &lattice, const Real *values, Real *out, int64_t channels, bool transposed, int64_t threads)
+void filter_channels(const Lattice &lattice, const Real *values, Real *out, int64_t channels, bool transposed,
+                     int64_t threads)
 {
     if (!lattice.finite) return fill_with_nan(out, channels * lattice.pixels);
     // Few widths of rows are compiled. Float64 has one only, because its speed does not matter.
@@ -653,7 +659,7 @@ void normalise(Lattice &lattice, int64_t threads)
     }
 }
 
-// e^x for x <= 0, with a relative error of 2e-7; 0 where it is below 1e-32. NaN stays NaN.
+// e^x for x <= 0, with a relative error of 2e-7; 0 for x < -75, where e^x is below 3e-33. NaN stays NaN.
 template <typename V, typename I> V exp_of_negative(V x)
 {
     constexpr float magic = 3 << 22, ln2_high = 0.693359375f, lowest = -75;
@@ -735,6 +741,20 @@ template <typename Body> void for_images(int64_t batch, int64_t pixels, int64_t 
 
 using Lattices = Array<Lattice>;
 
+// Filter values [batch][channels][height][width]. A single lattice serves the whole batch.
+template <typename Real>
+static int filter_batch(const Lattices *lattices, const Real *values, Real *out, int64_t batch, int64_t channels,
+                        int64_t transposed, int64_t threads)
+{
+    return guarded([&] {
+        for_images(batch, (*lattices)[0].pixels, threads, [&](int64_t b, int64_t inner) {
+            const Lattice &lattice = (*lattices)[lattices->size == 1 ? 0 : b];
+            const int64_t first = b * channels * lattice.pixels;
+            filter_channels<Real>(lattice, values + first, out + first, channels, transposed, inner);
+        });
+    });
+}
+
 extern "C" {
 
 // Make the lattices of a batch of images [batch][3][height][width] (null: of positions alone) in *result.
@@ -770,21 +790,17 @@ int64_t lattices_vertices(const Lattices *lattices)
     return count;
 }
 
-// Filter values [batch][channels][height][width]. A single lattice serves the whole batch.
-#define FILTER(Real)                                                                                                       \
-    int lattices_filter_##Real(const Lattices *lattices, const Real *values, Real *out, int64_t batch, int64_t channels,   \
-                               int64_t transposed, int64_t threads)                                                        \
-    {                                                                                                                      \
-        return guarded([&] {                                                                                               \
-            for_images(batch, (*lattices)[0].pixels, threads, [&](int64_t b, int64_t inner) {                              \
-                const Lattice &lattice = (*lattices)[lattices->size == 1 ? 0 : b];                                         \
-                const int64_t first = b * channels * lattice.pixels;                                                       \
-                filter_channels<Real>(lattice, values + first, out + first, channels, transposed, inner);                  \
-            });                                                                                                            \
-        });                                                                                                                \
-    }
-FILTER(float)
-FILTER(double)
+int lattices_filter_float(const Lattices *lattices, const float *values, float *out, int64_t batch, int64_t channels,
+                          int64_t transposed, int64_t threads)
+{
+    return filter_batch(lattices, values, out, batch, channels, transposed, threads);
+}
+
+int lattices_filter_double(const Lattices *lattices, const double *values, double *out, int64_t batch,
+                           int64_t channels, int64_t transposed, int64_t threads)
+{
+    return filter_batch(lattices, values, out, batch, channels, transposed, threads);
+}
 
 // Write the marginals of `num_iter` steps of mean field [batch][channels][height][width], of at most 24 channels, for
 // sums of `count` filters with the given strengths. count is at least 1.

@@ -14,8 +14,6 @@ from . import library
 
 # The widest row of values in lattice.cpp.
 MAX_CHANNELS = 24
-# A smaller batch uses one thread: threads would not be faster, and starting them in a forked process may hang.
-PARALLEL_PIXELS = 2**12
 ERRORS = {
     1: (MemoryError, "not enough memory for the lattice of {}"),
     2: (ValueError, "{} spans too many sigmas for the lattice: its features exceed 2^20; use backend='eager'"),
@@ -41,7 +39,7 @@ class Lattices:
             gaussian.sigma_xy,
             gaussian.sigma_rgb,
             normalise,
-            count_threads(batch, size),
+            torch.get_num_threads(),
         )
         check_status(status, image, size)
         self.pointer = pointer
@@ -54,18 +52,13 @@ class Lattices:
         is_double = values.dtype == torch.float64
         compute = self.library.lattices_filter_double if is_double else self.library.lattices_filter_float
         batch, channels, *size = values.shape
-        sizes = (batch, channels, transposed, count_threads(batch, size))
+        sizes = (batch, channels, transposed, torch.get_num_threads())
         check_status(compute(self.pointer, values.data_ptr(), out.data_ptr(), *sizes), values, size)
         return out
 
     def count_vertices(self) -> int:
         """Return the number of vertices of all lattices."""
         return int(self.library.lattices_vertices(self.pointer))
-
-
-def count_threads(batch: int, size: Sequence[int]) -> int:
-    """Return the number of threads for a batch of images of size [H, W]."""
-    return torch.get_num_threads() if batch * size[0] * size[1] >= PARALLEL_PIXELS else 1
 
 
 def check_status(status: int, tensor: Tensor | None, size: Sequence[int]) -> None:
@@ -97,7 +90,7 @@ def mean_field(logits: Tensor, filters: Sequence[tuple[float, Filter]], num_iter
         out.data_ptr(),
         *logits.shape[:2],
         num_iter,
-        count_threads(len(logits), logits.shape[2:]),
+        torch.get_num_threads(),
     )
     check_status(status, logits, logits.shape[2:])
     return out

@@ -106,7 +106,7 @@ def _load_from_cache(command: list[str], cache: Path) -> ctypes.CDLL:
     """
     _, version, _ = _execute([*command, "--version"])
     sources = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
-    depends_on = [*command, version, platform.machine(), *platform.libc_ver(), *sources]
+    depends_on = [*command, repr(BUILDS), version, platform.machine(), *platform.libc_ver(), *sources]
     key = hashlib.sha256("\n".join(depends_on).encode()).hexdigest()[:16]
     for name in BUILDS:
         kept = cache / f"{key}-{name}"
@@ -115,7 +115,7 @@ def _load_from_cache(command: list[str], cache: Path) -> ctypes.CDLL:
             try:
                 return _open(kept)
             except (OSError, AttributeError):
-                kept.unlink()  # not a library
+                kept.unlink(missing_ok=True)  # not a library; another process may have removed it
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         compiled = _compile(command, Path(folder))
         kept = cache / f"{key}-{compiled.name}"

@@ -22,7 +22,8 @@ constexpr int MAX_CHANNELS = 12, MAX_VECTORS = 4; // the largest tile of sums: c
 // Minimum work per thread: terms of sums in one iteration.
 constexpr int64_t GRAIN = 1 << 18;
 
-// As many images or chunks of channels are worked on at once as there are threads, if their tables fit these bytes.
+// As many images or chunks of channels are worked on at once as there are threads, if one table of each fits these
+// bytes, with the weights that the transpose copies. Each has two tables.
 constexpr int64_t SLOTS_BYTES = 24 << 20;
 constexpr int64_t MAX_SLOTS = 64;
 
@@ -196,7 +197,8 @@ static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
         Vector<Real> weight[vectors];
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) weight[v] = load<Real>(weights + v * lanes);
-        __builtin_prefetch(weights + next, 0, 2); // into the second-level cache: the first is too small for a row of weights
+        // Into the second-level cache: the first is too small for a row of weights.
+        __builtin_prefetch(weights + next, 0, 2);
 #pragma GCC unroll 16
         for (int c = 0; c < channels; c++)
 #pragma GCC unroll 16
@@ -273,8 +275,8 @@ template <typename Real> struct Worker {
             read_weights(to, task.weights, task.weights_type, weights_of(image, y, n), task.width);
     }
 
-    // Return whether this is the last row of all weights and narrower than a register. Loads would read beyond the end of
-    // the weights, so `last_row` holds a copy.
+    // Return whether this is the last row of all weights and narrower than a register. Loads would read beyond the end
+    // of the weights, so `last_row` holds a copy.
     bool is_copied_once(int64_t image, int64_t y) const
     {
         return plan.last_row_size && image == task.batch - 1 && y == task.height - 1;
@@ -324,7 +326,8 @@ template <typename Real> struct Worker {
         Real *out = table.row(to, y);
         auto sum_columns = [&](int64_t first, int64_t last, int64_t start, int64_t end) {
             const int64_t next = task.neighbours.count * pitch;
-            const Terms<Real> terms = {rows + first, weights + first * pitch, pitch, last - first, table.pitch, next, ahead};
+            const Terms<Real> terms = {rows + first, weights + first * pitch, pitch, last - first, table.pitch, next,
+                                       ahead};
             sum_row<Real, Real>(out, terms, table.channels, task.group, start, end);
         };
         sum_columns(0, count, 0, width);
@@ -389,12 +392,14 @@ template <typename Real> PropagationPlan<Real>::PropagationPlan(const Propagatio
     shifted_size = task.transposed ? task.height * count * weights_pitch : 0;
     const bool narrow = task.width < LANES<Real>, single = sizeof(Real) == sizeof(float);
     halves = LOADS_HALVES && single && task.weights_type == FLOAT16 && !narrow && !task.transposed;
-    copied = !task.transposed && !halves && task.weights_type != (single ? FLOAT32 : FLOAT64);
+    // If a row of all neighbours has fewer weights than a register, loads of the row before the last pass the end, too.
+    const bool converted = task.weights_type != (single ? FLOAT32 : FLOAT64);
+    copied = !task.transposed && !halves && (converted || count * task.width < LANES<Real>);
     terms = task.transposed ? std::max(count_readers(task, 0), count_readers(task, task.height - 1)) : count;
     const int64_t fitting = SLOTS_BYTES / ((table_size + shifted_size) * sizeof(Real));
     slots = std::clamp<int64_t>(std::min(fitting, total), 1, std::min(MAX_SLOTS, threads));
     Workspace workspace = {(uintptr_t)memory};
-    for (auto &table : tables) table = workspace.take<Real>(slots * table_size);
+    for (auto &one : tables) one = workspace.take<Real>(slots * table_size);
     shifted = workspace.take<Real>(slots * shifted_size);
     last_row_size = narrow && !copied && !task.transposed ? count * weights_pitch : 0;
     last_row = workspace.take<Real>(last_row_size);

@@ -12,9 +12,6 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
 
 #if defined(__AVX512F__)
 constexpr int REGISTER = 64; // bytes
@@ -133,7 +130,8 @@ template <typename Real> static inline void pad_sides(Real *row, const Table &ta
 
 // Copy row y of an image [channels][height][width] to its table.
 template <typename Real>
-static inline void read_row(Real *out, const Real *image, const int64_t *strides, int64_t y, const Table &table, bool zeros)
+static inline void read_row(Real *out, const Real *image, const int64_t *strides, int64_t y, const Table &table,
+                            bool zeros)
 {
     for (int64_t c = 0; c < table.channels; c++, out += table.pitch) {
         const Real *in = image + c * strides[1] + y * strides[2];
@@ -148,7 +146,8 @@ static inline void read_row(Real *out, const Real *image, const int64_t *strides
 // Point to column 0 of every neighbour's row for the pixels of row y. Rows beyond the border are replaced by the
 // border.
 template <typename Real>
-static inline void find_rows(const Real **rows, const Real *map, const Table &table, const Neighbours &neighbours, int64_t y)
+static inline void find_rows(const Real **rows, const Real *map, const Table &table, const Neighbours &neighbours,
+                             int64_t y)
 {
     const Real *row = nullptr;
     for (int64_t n = 0; n < neighbours.count; n++) {

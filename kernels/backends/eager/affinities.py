@@ -27,7 +27,7 @@ def affinity(image: Tensor, dilations: Sequence[int], variant: Variant, out: Ten
 
 def affinity_dtype(variant: Variant, device: torch.device) -> torch.dtype:
     """Return the dtype that a variant is computed in on a device."""
-    return torch.float64 if variant.in_double and _has_float64(device.type) else torch.float32
+    return torch.float64 if variant.is_steep and _has_float64(device.type) else torch.float32
 
 
 @functools.cache

@@ -161,7 +161,7 @@ def launch_config(num_dilations: int, variant: Variant) -> dict[str, Any]:
         "POWER": variant.power,
         "GUARD": variant.guard,
         "WITH_CENTRE": variant.with_centre,
-        "STEEP": variant.in_double,
+        "STEEP": variant.is_steep,
         "BLOCK_N": block_n,
         "BLOCK_P": max(1, min(32, 4096 // block_n)),
         "num_warps": 8,

@@ -197,6 +197,7 @@ def _iterate(
     rows[..., :channels] = mask.permute(0, 2, 3, 1)  # channels beyond C are never read back
     other = torch.empty_like(rows)
     affinity = affinity.contiguous()
+    counts = None if counts is None else counts.contiguous()
     near = limit_dilations(dilations, height, width)
     table = on_device(tuple(near), torch.int32, mask.device)
     sizes = {"num_dilations": len(near), "vectors": vectors, "height": height, "width": width}
