@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from voc.checkpoints import load_trained
 from voc.dataset.images import IGNORE
-from voc.dataset.layout import read_classes, read_split
+from voc.dataset.layout import class_indices, read_classes, read_split
 from voc.dataset.splits import Sample, VOCDataset, load_split_with_masks
 from voc.evaluation.metrics import mean_iou
+from voc.evaluation.tables import markdown
 from voc.inference.masks import multi_scale_masks
 
 from benchmarks.crf_peer import pydensecrf
@@ -33,6 +34,8 @@ class Compared(NamedTuple):
 def compare_iou(root: Path, num_images: int, checkpoint: Path | None, rows: Sequence[str]) -> Compared:
     """Compare on the first images of the split `val`, by the mean IoU of the classes `rows` (none: all)."""
     classes = read_classes(root)
+    names = ("background", *classes)
+    indices = class_indices(rows or names, names, source="--table-classes")
     split = load_split_with_masks(root, read_split(root, "val"), classes).first(num_images)
     dataset = VOCDataset(split)
     counts = {name: Count(dataset) for name in ("masks", "pydensecrf2", "DenseCRF")}
@@ -47,7 +50,6 @@ def compare_iou(root: Path, num_images: int, checkpoint: Path | None, rows: Sequ
             counts[name].add(one.classify(), sample.mask)
         equal += int((ours.classify() == theirs.classify()).sum())
         total += sample.mask.numel()
-    indices = [("background", *classes).index(name) for name in rows] or list(range(1 + len(classes)))
     miou = {name: mean_iou(count.iou(), indices) for name, count in counts.items()}
     return Compared(miou, equal / total, len(dataset))
 
@@ -84,10 +86,9 @@ def blur(mask: Tensor, classes: Sequence[int], seed: int) -> Tensor:
 
 def iou_text(compared: Compared, source: str) -> str:
     """Return the table."""
-    lines = ["| | mean IoU, % |", "|:--|--:|"]
     titles = {"masks": "soft masks", "pydensecrf2": "after pydensecrf2", "DenseCRF": "after `DenseCRF`"}
-    lines += [f"| {title} | {compared.miou[name]:.2f} |" for name, title in titles.items()]
+    lines = [["", "mean IoU, %"], *([title, f"{compared.miou[name]:.2f}"] for name, title in titles.items())]
     return (
         f"{compared.num_images} images of the split `val`, {source}. Both CRFs see the same masks;"
-        f" {100 * compared.equal:.3f} % of all pixels have the same label after both.\n\n" + "\n".join(lines)
+        f" {100 * compared.equal:.3f} % of all pixels have the same label after both.\n\n{markdown(lines)}"
     )

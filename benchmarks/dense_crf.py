@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from voc.dataset.layout import find_images, read_split  # noqa: E402
 from voc.evaluation.tables import markdown  # noqa: E402
+from voc.files.whole import write_text_whole  # noqa: E402
 
 from benchmarks.crf_iou import compare_iou, iou_text  # noqa: E402
 from benchmarks.crf_peer import pydensecrf  # noqa: E402
@@ -107,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = SMOKE if arguments.smoke else FULL
     threads = torch.get_num_threads()
     try:
+        if arguments.images < 1:
+            raise ValueError(f"--images must be at least 1, got {arguments.images}")
+        arguments.page.parent.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         files = find_images(arguments.data, read_split(arguments.data, "val"))[: plan.photographs]
         header = heading(files)
@@ -121,12 +125,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"## Memory\n\n{memory(files, plan)}",
             f"## The lattice beside the exact sum\n\n{lattice_errors(files[:EXACT], plan)}",
         ]
-    except (ImportError, ValueError) as error:  # the errors of the data are ValueErrors
+        write_text_whole(arguments.page, "\n\n".join(parts) + "\n")
+    except (ImportError, OSError, ValueError) as error:  # the errors of the data are ValueErrors
         print(f"dense_crf.py: error: {error}", file=sys.stderr)
         return 2
     finally:
         torch.set_num_threads(threads)
-    arguments.page.write_text("\n\n".join(parts) + "\n")
     print(arguments.page.read_text())
     return 0
 

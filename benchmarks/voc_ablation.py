@@ -11,6 +11,7 @@ repeated either. All other arguments are passed to examples/train_voc.py, for ev
 
 import shlex
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from benchmarks.voc_runs import (  # noqa: E402
     numbers,
     places,
     spread,
+    trained_on,
 )
 
 OURS = METHODS["ours"]
@@ -89,9 +91,11 @@ def page(ablation: Ablation, data: Path, command: str, results: Results) -> str:
 
 {places(results)}
 
-Each row is the preset `photographs` with one ingredient changed. Mean IoU in percent over {len(class_rows)} classes on
-{num_val} validation images, seeds: {seeds}. In brackets: the difference from the preset. Several seeds give the mean ±
-the standard deviation. {about_the_data(ablation)}
+{trained_on(data)} Each row is the preset `photographs` with one ingredient changed.
+
+Mean IoU in percent over {len(class_rows)} classes on {num_val} validation images, seeds: {seeds}. In brackets: the
+difference from the preset. Several seeds give the mean ± the standard deviation.
+{about_the_data(ablation)}
 
 {ablation_table(ablation, class_rows, results)}{missing_rows(results)}
 
@@ -102,7 +106,7 @@ The arguments of train_voc.py:
 ## Choices
 
 The power of the background's mask and the lowest probability of a class are chosen for each row on the masks of the
-{num_train} images of the split `train`, from {numbers(OURS.grid.backgrounds)} and
+{num_train} images of the split `train`, from {numbers(OURS.grid.backgrounds)} and from
 {numbers(OURS.grid.min_probabilities)}. Classes: `own` are chosen by the network, `given` are those of the labels.
 
 {choice_table(ablation, results)}
@@ -136,7 +140,7 @@ def argument_table(results: Results) -> str:
 def missing_rows(results: Results) -> str:
     """Return a paragraph that names the rows without results, empty if there are none."""
     missing = [name for name in INGREDIENTS if name not in results]
-    return f"\n\nNot measured: {'; '.join(missing)}." if missing else ""
+    return "\n\n" + textwrap.fill(f"Not measured: {'; '.join(missing)}.", 120) if missing else ""
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from benchmarks.voc_runs import (  # noqa: E402
     numbers,
     places,
     spread,
+    trained_on,
 )
 
 MethodName = Literal["CAM-GAP", "ours", "ceiling"]
@@ -110,6 +111,7 @@ def page(comparison: Comparison, data: Path, command: str, results: Results) -> 
 
 {places(results)}
 
+{trained_on(data)}
 Training took {hours["training"]:.2f} h, choices and measurements {hours["measuring"]:.2f} h.
 
 Mean IoU in percent over {len(rows)} classes on {num_val} validation images, over seeds {seeds}: mean ± standard

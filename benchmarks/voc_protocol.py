@@ -10,8 +10,8 @@ from tqdm import tqdm
 from voc.crf import crf_marginals
 from voc.dataset.splits import Sample, VOCDataset
 from voc.evaluation.metrics import class_metrics, confusion_matrix, mean_iou
-from voc.inference.masks import highest, multi_scale_masks
-from voc.model import CAMNet, Network
+from voc.inference.masks import background_mask, highest, multi_scale_masks
+from voc.model import Network
 
 from wsseg_layers import PAMR, PAR
 
@@ -102,11 +102,6 @@ def candidates(model: Network, masks: Tensor, probabilities: Tensor, cut: Cut) -
 def kept_classes(probabilities: Tensor, cut: Cut) -> list[int]:
     """Return the indices of the background and of the classes that are probable enough, of probabilities [C]."""
     return [0, *(1 + (probabilities >= cut.min_probability).nonzero()[:, 0]).tolist()]
-
-
-def background_mask(model: Network, masks: Tensor, background: float) -> Tensor:
-    """Return the background's mask [H, W] with a power or score, of masks [C + 1, H, W]."""
-    return torch.full_like(masks[0], background) if isinstance(model, CAMNet) else masks[0] ** background
 
 
 class Count:

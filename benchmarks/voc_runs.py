@@ -13,7 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ import tyro
 from ablate_voc import slug
 from torch import Tensor
 from train_voc import main as train_main
-from voc.arguments import parse_arguments, run_settings
+from voc.arguments import check_same_run, parse_arguments
 from voc.checkpoints import load_trained
 from voc.dataset.labels import find_labels
 from voc.dataset.layout import class_indices, read_classes, read_split
@@ -49,6 +49,8 @@ MIN_PROBABILITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 # They do not change what is trained, and the protocol does not use them.
 FREE_SETTINGS = ("resume", "device", "workers", "refine", "background_power", "min_probability")
+
+TRAINED_ON = ("train_aug", "train")  # the first of these splits that there is
 
 # A training that takes seconds.
 SMOKE = shlex.split(
@@ -150,8 +152,10 @@ def make_page(
             name: [run_one(runs, data, name, method, seed, others) for seed in runs.seeds]
             for name, method in rows.items()
         }
-        arguments = shlex.join(given).replace(str(data), "VOC_ROOT")
-        text = write(runs, data, f"{program} {'' if runs.smoke else 'VOC_ROOT '}{arguments}".strip(), results)
+        inside = [one == str(data) or one.startswith(f"{data}/") for one in given]
+        named = [f"VOC_ROOT{one[len(str(data)) :]}" if is_in else one for one, is_in in zip(given, inside, strict=True)]
+        command = shlex.join([program, *([] if runs.smoke else ["VOC_ROOT"]), *named])
+        text = write(runs, data, command, results)
         runs.page.parent.mkdir(parents=True, exist_ok=True)
         write_text_whole(runs.page, text)
     except Unfinished as stop:
@@ -197,12 +201,13 @@ def run_one(runs: Runs, data: Path, name: str, method: Method, seed: int, others
         "refinements": voc_protocol.REFINEMENTS,
         "columns": runs.columns,
         "classes": runs.table_classes,
+        "data": fingerprint(data, settings.labels),
     }
     records = runs.records or runs.output / "records"
     records.mkdir(parents=True, exist_ok=True)
     found = remembered(
         records / f"{folder.name}.json",
-        {**question, "settings": settings_of_training(settings), "data": fingerprint(data, settings.labels)},
+        {**question, "settings": settings_of_training(settings)},
         lambda: train_and_measure(runs, data, name, method, settings, arguments, question),
     )
     iou = {
@@ -227,7 +232,12 @@ def train_and_measure(
     rows = class_indices(runs.table_classes, ("background", *read_classes(data)), source="--table-classes")
     started = (folder / "settings.json").is_file()
     if started:
-        check_same_run(folder, settings)
+        check_same_run(folder, settings, FREE_SETTINGS)
+    data_file = folder / "data.txt"
+    if data_file.is_file() and data_file.read_text() != question["data"]:
+        raise ValueError(f"the run in {folder} was trained on other images or labels: give another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text_whole(data_file, question["data"])
     if not (folder / "iou.csv").is_file():
         print(f"\n{name}, seed {seed}: python examples/train_voc.py {shlex.join(arguments)}", flush=True)
         with stopwatch(folder / "training_seconds.txt"):
@@ -268,20 +278,11 @@ def settings_of_training(settings: Settings) -> dict[str, Any]:
 
 
 def fingerprint(data: Path, labels: Path | None) -> str:
-    """Return a hash of the names of the images in both splits, and of the image-level labels if they are in a file."""
-    content = [repr(read_split(data, split)) for split in ("train", "val")]
+    """Return a hash of the names of all images of a run, and of the image-level labels if they are in a file."""
+    content = [repr(read_split(data, *split)) for split in (TRAINED_ON, ("train",), ("val",))]
     if labels is not None:
         content.append(labels.read_text())
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
-
-
-def check_same_run(folder: Path, settings: Settings) -> None:
-    """Raise a ValueError if the run in a folder was made with other settings than these."""
-    wanted, found = asdict(settings), asdict(run_settings(folder))
-    for key, value in wanted.items():
-        if key not in FREE_SETTINGS and value != found[key]:
-            option = f"--{key.replace('_', '-')}"
-            raise ValueError(f"the run in {folder} has {option} {found[key]}, not {value}: give another --output")
 
 
 def load_set(settings: Settings, data: Path, split: str) -> VOCDataset:
@@ -332,6 +333,11 @@ def places(results: Results) -> str:
     """Return a list of the days, machines and versions of all runs."""
     found = sorted({one.where for measured in results.values() for one in measured})
     return "\n".join(textwrap.fill(f"- {place}", 120, subsequent_indent="  ") for place in found)
+
+
+def trained_on(data: Path) -> str:
+    """Return a sentence about the images of the trainings."""
+    return f"Every network is trained on {len(read_split(data, *TRAINED_ON)):,} images."
 
 
 def about_the_data(runs: Runs) -> str:

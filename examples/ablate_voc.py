@@ -15,7 +15,8 @@ from typing import Literal
 import tyro
 from tables_voc import StepError, measure, segment_once, trained_methods
 from torch import Tensor
-from voc.arguments import parse_arguments
+from voc.arguments import check_same_run, parse_arguments
+from voc.dataset.layout import class_indices
 from voc.dataset.toy import toy_voc
 from voc.evaluation.metrics import mean_iou
 from voc.evaluation.tables import load_iou_csv, markdown
@@ -25,6 +26,9 @@ from voc.settings import Settings
 TRAIN = Path(__file__).resolve().parent / "train_voc.py"
 PHOTOGRAPHS = ["--preset", "photographs"]
 HALF = ["--mixing-rate", "0.5"]  # Tables 1a, 1b and 7 were made with psi = 0.5
+
+# They do not change what is trained or measured.
+FREE_SETTINGS = ("resume", "device", "workers", "keep_checkpoints", "table_classes")
 
 Rows = dict[str, list[str]]
 
@@ -52,7 +56,7 @@ INGREDIENTS: Rows = {
     "no dense energy loss": ["--energy-loss", "0"],
     "loss of the published code": ["--loss", "published"],
     # The energy is a sum over pairs of pixels: larger crops need a smaller weight.
-    "crops of 257 in self-supervision": [
+    "crops of 257 in self-supervision, energy loss of 0.6": [
         *("--crop-size", "257", "--classification-crop-size", "193"),
         *("--energy-loss", "0.6"),
     ],
@@ -108,33 +112,52 @@ class Ablation:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the missing rows of the table and write it. Returns the exit code."""
     ablation, others = tyro.cli(Ablation, args=argv, description=__doc__, return_unknown_args=True)
+    try:
+        return fill_table(ablation, others)
+    except StepError as error:
+        print(f"ablate_voc.py: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"ablate_voc.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+def fill_table(ablation: Ablation, others: Sequence[str]) -> int:
+    """Train the missing rows of the table and write it. Returns the exit code."""
     folder = ablation.output / f"table_{ablation.table}"
-    rows = TABLES[ablation.table]
-    commands = {name: row_command(folder / slug(name), [*others, *overrides]) for name, overrides in rows.items()}
-    settings = [parse_arguments(command[2:]) for command in commands.values()]  # stops at a wrong argument
-    for name, command in commands.items():
+    rows = {
+        name: ["--output", str(folder / slug(name)), "--no-baseline", *others, *changes]
+        for name, changes in TABLES[ablation.table].items()
+    }
+    settings = {name: parse_arguments(row) for name, row in rows.items()}  # stops at a wrong argument
+    for name, one in settings.items():
+        if (one.output / "settings.json").is_file():
+            check_same_run(one.output, one, FREE_SETTINGS)
+        command = [sys.executable, str(TRAIN), *rows[name]]
+        if (one.output / "settings.json").is_file():
+            command += ["--resume", str(one.output)]
         if ablation.dry_run:
             print(shlex.join(command))
-        elif not (folder / slug(name) / "iou.csv").is_file():
+        elif not (one.output / "iou.csv").is_file():
             print(f"\n{name}: {shlex.join(command)}", flush=True)
-            code = subprocess.run(command, check=False).returncode
+            code = run_command(command)
             if code:
                 print(f"ablate_voc.py: {name} ended with exit code {code}", file=sys.stderr)
                 return code
     if not ablation.dry_run:
-        try:
-            with_crf = [crf_iou(one) for one in settings] if ablation.crf else []
-        except StepError as error:
-            print(f"ablate_voc.py: {error}", file=sys.stderr)
-            return 1
-        print(f"\n{write_table(folder, list(rows), settings[0].table_classes, with_crf)}")
+        with_crf = [crf_iou(one) for one in settings.values()] if ablation.crf else []
+        print(f"\n{write_table(folder, list(rows), next(iter(settings.values())).table_classes, with_crf)}")
     return 0
 
 
-def row_command(output: Path, arguments: Sequence[str]) -> list[str]:
-    """Return the command that trains one row, or resumes it."""
-    command = [sys.executable, str(TRAIN), "--output", str(output), "--no-baseline", *arguments]
-    return [*command, "--resume", str(output)] if (output / "settings.json").is_file() else command
+def run_command(command: Sequence[str]) -> int:
+    """Run a command and return its exit code. Ctrl-C reaches the command too: wait until it has saved its state."""
+    with subprocess.Popen(command) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
 
 
 def crf_iou(settings: Settings) -> Tensor:
@@ -173,8 +196,11 @@ def write_table(
     columns = ["mean IoU, %", "mean IoU (+ CRF), %"] if with_crf else ["mean IoU, %"]
     means = []
     for index, name in enumerate(names):
-        classes, found = load_iou_csv(folder / slug(name) / "iou.csv")
-        rows = [classes.index(other) for other in table_classes or classes]
+        path = folder / slug(name) / "iou.csv"
+        classes, found = load_iou_csv(path)
+        if "ours" not in found:
+            raise ValueError(f"{path} has no column 'ours': the rows are trainings of the single-stage network")
+        rows = class_indices(table_classes or classes, classes, source="--table-classes")
         means.append([mean_iou(iou, rows) for iou in (found["ours"], *with_crf[index : index + 1])])
 
     def lines(digits: int) -> list[list[str]]:

@@ -20,7 +20,7 @@ from voc.dataset.labels import find_labels
 from voc.dataset.layout import class_indices, find_masks, read_classes, read_split
 from voc.evaluation.metrics import average_precision, class_metrics, confusion_matrix
 from voc.evaluation.tables import iou_table, load_scores, method_table, save_iou_csv, save_method_csv
-from voc.files.soft import choose_classes, load_soft
+from voc.files.soft import classes_among, load_soft
 from voc.files.whole import write_text_whole
 
 SHOWN_ERRORS = 10
@@ -186,8 +186,8 @@ def read_prediction(pair: Pair, num_classes: int) -> NDArray[np.uint8]:
     if len(soft.kept) != num_classes:
         raise DataError(f"{pair.predicted} has {len(soft.kept)} classes, expected {num_classes}")
     if pair.labels is None:
-        return choose_classes(soft, soft.kept)
-    return choose_classes(soft, np.isin(np.arange(num_classes), list(pair.labels)))
+        return classes_among(soft, soft.kept)
+    return classes_among(soft, np.isin(np.arange(num_classes), list(pair.labels)))
 
 
 def read_indices(path: Path) -> NDArray[np.uint8]:

@@ -241,9 +241,13 @@ def run(
 
 def recheck_elsewhere(outcome: Outcome, outputs: Outputs, source: Source) -> Outcome:
     """Look again for the outputs of an image that another process was segmenting."""
-    if outcome.status != "elsewhere" or (probabilities := outputs.find(source)) is None:
+    if outcome.status != "elsewhere":
         return outcome
-    return Outcome(source.name, "done before", probabilities)
+    try:
+        probabilities = outputs.find(source, outputs.key(source))
+    except DataError:  # the image was deleted
+        return outcome
+    return outcome if probabilities is None else Outcome(source.name, "done before", probabilities)
 
 
 def summarise(arguments: Arguments, outcomes: Sequence[Outcome], total: int, seconds: float) -> None:

@@ -22,6 +22,7 @@ from voc.dataset.layout import SPLIT_FOLDER, read_classes, read_split
 from voc.evaluation.metrics import mean_iou
 from voc.evaluation.tables import load_iou_csv, markdown, method_lines
 from voc.files.whole import write_csv_whole, write_text_whole, write_whole
+from voc.inference.records import file_digest
 from voc.settings import BackboneName
 
 TABLE_9_SCALES = ("1", "0.75", "1.25", "1.5")
@@ -139,6 +140,7 @@ def table_8(arguments: Arguments, others: Sequence[str]) -> str:
     split = "train_aug" if (arguments.data / SPLIT_FOLDER / "train_aug.txt").is_file() else "train"
     folder = segment(arguments, method, split, ["--clean"])
     masks = folder / kinds(arguments.crf)[-1][0]
+    lines = [["Method", "IoU (val, %)"], ["one stage", mean_of_ours(run)]]
     second = arguments.output / "table_8" / "second_stage"
     if not (second / "iou.csv").is_file():
         if not (second / "settings.json").is_file():
@@ -147,10 +149,15 @@ def table_8(arguments: Arguments, others: Sequence[str]) -> str:
             second.mkdir(parents=True, exist_ok=True)
             write_text_whole(second / "settings.json", json.dumps(settings.to_json()))
         step("train_voc.py", train_voc.main(["--resume", str(second), *others]))
-    lines = [["Method", "IoU (val, %)"]]
-    for name, path in (("one stage", run), ("two stages", second)):
-        lines.append([name, f"{mean_iou(load_iou_csv(path / 'iou.csv')[1]['ours']):.1f}"])
-    return write_table(arguments, lines)
+    return write_table(arguments, [*lines, ["two stages", mean_of_ours(second)]])
+
+
+def mean_of_ours(run: Path) -> str:
+    """Return the mean IoU of the single-stage network in a run's table, as it is printed."""
+    _, found = load_iou_csv(run / "iou.csv")
+    if "ours" not in found:
+        raise ValueError(f"{run / 'iou.csv'} has no column 'ours': Table 8 needs a single-stage network")
+    return f"{mean_iou(found['ours']):.1f}"
 
 
 def table_9(arguments: Arguments, others: Sequence[str]) -> str:
@@ -179,6 +186,8 @@ def methods(arguments: Arguments) -> list[Method]:
 def trained_methods(run: Path) -> list[Method]:
     """Return the networks in a folder of train_voc.py: CAM-GAP, if it was trained, and the single-stage network."""
     settings = run_settings(run)
+    if not (run / "iou.csv").is_file():
+        raise ValueError(f"the training in {run} is not finished: looked for {run / 'iou.csv'}")
     best = settings.checkpoint == "best"
     found = []
     for name, model in (("CAM-GAP", "cam"), ("ours", "single_stage")):
@@ -204,12 +213,14 @@ def segment(arguments: Arguments, method: Method, split: str, options: Sequence[
 
 
 def segment_once(folder: Path, command: list[str]) -> Path:
-    """Run infer_voc.py, unless it has run with these arguments, and return the folder."""
+    """Run infer_voc.py, unless it has run with these arguments and files, and return the folder."""
     done = folder / "infer_voc.json"
-    if not done.is_file() or json.loads(done.read_text()) != command:
+    files = [Path(argument) for argument in command if Path(argument).is_file()]  # the checkpoint, the labels
+    made_by = [*command, *map(file_digest, files)]
+    if not done.is_file() or json.loads(done.read_text()) != made_by:
         done.unlink(missing_ok=True)
         step("infer_voc.py", infer_voc.main(command))
-        write_text_whole(done, json.dumps(command))
+        write_text_whole(done, json.dumps(made_by))
     return folder
 
 

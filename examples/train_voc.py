@@ -36,7 +36,7 @@ from voc.train.objective import losses_of
 from voc.train.optimizer import MAX_NORM, freeze, freeze_norm_statistics
 from voc.train.seeds import mix_seed
 from voc.train.signals import StopRequest, quiet_threads, sigterm_interrupts
-from voc.train.state import HELD_OUT_LOSS, LOSSES, TrainingState, checkpoint_to_resume
+from voc.train.state import HELD_OUT_LOSS, LOSSES, TrainingState, checkpoint_to_resume, set_aside_earlier_run
 from voc.training_data import TrainingData, load_training_data
 from voc.visualise import overlay_figure
 
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for network_settings in settings_per_network(settings):
             checkpoint_to_resume(network_settings)
         settings.output.mkdir(parents=True, exist_ok=True)
+        if settings.resume is None and accelerator.is_main_process:
+            set_aside_earlier_run(settings.output)
     except (ValueError, OSError) as error:  # the errors of data, weights and checkpoints are ValueErrors
         print(f"train_voc.py: error: {error}", file=sys.stderr)
         return 2

@@ -30,6 +30,8 @@ def test_the_page(root: Path, tmp_path: Path) -> None:
     for line in ("| 32 x 24, 3 classes | 100.000 % |", "| 2 x 20 x 20, 3 classes | ", "2 images of the split `val`"):
         assert line in text
     assert dense_crf.main([str(root / "nothing"), "--smoke", "--page", str(page)]) == 2
+    assert dense_crf.main([str(root), "--smoke", "--page", str(page), "--images", "0"]) == 2
+    assert dense_crf.main([str(root), "--smoke", "--page", str(page), "--table-classes", "unicorn"]) == 2
     assert page.read_text() == text
 
 

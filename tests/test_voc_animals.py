@@ -373,6 +373,31 @@ def test_runs_of_another_machine_are_not_repeated(
         assert trained.pop()
 
 
+def test_the_fingerprint_is_that_of_all_images_and_labels(finished: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(finished / "data", root)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("a cat")
+    names = (root / "ImageSets/Segmentation/train.txt").read_text()
+    found = {voc_runs.fingerprint(root, None), voc_runs.fingerprint(root, labels)}
+    (root / "ImageSets/Segmentation/train_aug.txt").write_text(names + "0001_more\n")
+    found |= {voc_runs.fingerprint(root, None)}
+    labels.write_text("a dog")
+    found |= {voc_runs.fingerprint(root, labels)}
+    assert len(found) == 4
+
+
+def test_a_run_on_other_images_is_an_error(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "comparison"
+    shutil.copytree(finished, output)
+    (output / "records/cam-gap_3.json").unlink()
+    (output / "cam-gap_3/data.txt").write_text("another")
+    for path in output.glob("*/settings.json"):  # the copied runs are those of the copied folder
+        path.write_text(path.read_text().replace(str(finished), str(output)))
+    assert voc_animals.main([*QUICK, "--output", str(output)]) == 2
+    assert "was trained on other images or labels: give another --output" in capsys.readouterr().err
+
+
 def test_answers_are_remembered_per_question(tmp_path: Path) -> None:
     answers = iter([{"a": 1}, {"a": 2}])
     path = tmp_path / "answer.json"

@@ -2,8 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import tyro
@@ -49,3 +49,12 @@ def run_settings(folder: Path) -> Settings:
         return Settings.from_json(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"cannot read settings {path}: {error}") from error
+
+
+def check_same_run(folder: Path, settings: Settings, ignored: Collection[str]) -> None:
+    """Raise a ValueError if the run in a folder has other settings than these, except for the ignored ones."""
+    wanted, found = asdict(settings), asdict(run_settings(folder))
+    for key, value in wanted.items():
+        if key not in ignored and value != found[key]:
+            option = f"--{key.replace('_', '-')}"
+            raise ValueError(f"the run in {folder} has {option} {found[key]}, not {value}: give another --output")

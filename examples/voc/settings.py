@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from .minima import check_minima
+from .ranges import check_ranges
 
 BackboneName = Literal[
     "efficientnet_lite0",
@@ -214,7 +214,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
-        check_minima(vars(self))
+        check_ranges(vars(self))
+        if self.masks is not None and self.supervision != "masks":
+            raise ValueError("--masks is for --supervision masks, which is not given")
         if not 0 <= self.mixing_rate < 1:
             raise ValueError(f"--mixing-rate must be in [0, 1), got {self.mixing_rate}")
         if not self.ema_decay < 1:

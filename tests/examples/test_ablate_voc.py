@@ -1,7 +1,12 @@
 """The ablation tables: their commands, and what is trained when."""
 
+import json
+import os
 import shlex
-import subprocess
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import ablate_voc
@@ -12,7 +17,7 @@ from voc.evaluation.tables import save_iou_csv
 from voc.settings import Settings
 
 
-@pytest.mark.parametrize(("table", "rows"), [("1a", 10), ("1b", 6), ("1c", 6), ("7", 3), ("photographs", 16)])
+@pytest.mark.parametrize(("table", "rows"), [("1a", 10), ("1b", 6), ("1c", 6), ("7", 3), ("photographs", 17)])
 def test_every_row_is_a_command_that_train_voc_takes(
     table: str, rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -43,20 +48,18 @@ def test_a_table_is_filled_row_by_row(
 ) -> None:
     trained: list[str] = []
 
-    def train(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
-        assert not check
+    def train(command: list[str]) -> int:
         settings = parse_arguments(command[2:])
         trained.append(settings.output.name)
-        if len(trained) == 2:  # the second row is interrupted once, after its settings are written
-            settings.output.mkdir(parents=True)
-            (settings.output / "settings.json").write_text("{}")
-            return subprocess.CompletedProcess(command, 130)
         settings.output.mkdir(parents=True, exist_ok=True)
+        (settings.output / "settings.json").write_text(json.dumps(settings.to_json()))
+        if len(trained) == 2:  # the second row is interrupted once, after its settings are written
+            return 130
         iou = torch.tensor([50.0, 10.0, 10.0 * settings.pamr_iterations])
         save_iou_csv(settings.output / "iou.csv", ["background", "cat", "dog"], {"ours": iou})
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", train)
+    monkeypatch.setattr(ablate_voc, "run_command", train)
     arguments = ["--table", "7", "--output", str(tmp_path)]
     assert ablate_voc.main(arguments) == 130
     assert "10 iterations ended with exit code 130" in capsys.readouterr().err
@@ -68,6 +71,41 @@ def test_a_table_is_filled_row_by_row(
     assert ablate_voc.main([*arguments, "--table-classes", "background", "dog"]) == 0
     assert "| 5 iterations | 50.0 |" in (tmp_path / "table_7/table.md").read_text()
     assert len(trained) == 4
+    capsys.readouterr()
+    for wrong, message in (
+        (["--epochs", "99"], "5_iterations has --epochs 6, not 99: give another --output"),
+        (["--table-classes", "cta"], "--table-classes: unknown class 'cta'"),
+    ):
+        assert ablate_voc.main([*arguments, *wrong]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("ablate_voc.py: error: ")
+        assert message in line
+    (tmp_path / "table_7/10_iterations/settings.json").write_text("{")
+    assert ablate_voc.main(arguments) == 2
+    assert "ablate_voc.py: error: cannot read settings" in capsys.readouterr().err
+    assert len(trained) == 4
+
+
+def test_ctrl_c_waits_until_the_training_has_saved_its_state(tmp_path: Path) -> None:
+    code = """import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGINT, lambda *_: (time.sleep(1), Path(sys.argv[1]).touch(), sys.exit(130)))
+Path(sys.argv[1] + ".ready").touch()
+signal.pause()"""
+    saved, ready = tmp_path / "saved", tmp_path / "saved.ready"
+
+    def press_ctrl_c() -> None:
+        while not ready.exists():
+            time.sleep(0.01)
+        os.killpg(0, signal.SIGINT)
+
+    child = os.fork()
+    if child == 0:  # a process group of its own, so that the signal does not reach pytest
+        os.setpgrp()
+        threading.Thread(target=press_ctrl_c).start()
+        os._exit(ablate_voc.run_command([sys.executable, "-c", code, str(saved)]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert saved.exists()
 
 
 def test_a_column_with_the_crf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,13 @@ def test_errors_are_one_line_with_exit_code_2(
         (["--ema-decay", "1"], "--ema-decay must be in [0, 1), got 1.0"),
         (["--lr-decay", "-1"], "--lr-decay must be at least 0, got -1.0"),
         (["--penalty-lambda", "0"], "--penalty-lambda must be greater than 0, got 0.0"),
+        (["--scales"], "--scales needs at least one value"),
+        (["--scales", "inf"], "--scales must be finite, got inf"),
+        (["--pamr-dilations"], "--pamr-dilations needs at least one value"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--seed", "4294967296"], "--seed must be at most 4294967295, got 4294967296"),
+        (["--min-probability", "2"], "--min-probability must be at most 1, got 2.0"),
+        (["--masks", "."], "--masks is for --supervision masks, which is not given"),
     ],
 )
 def test_wrong_arguments_exit_with_code_2(

@@ -150,6 +150,8 @@ def test_average_precision_of_scores(
         ("image,cat\na,1\n", "{path}: expected the columns image, cat, dog"),
         ("image,cat,dog\na,1\n", "{path}: expected the columns image, cat, dog"),
         ("image,cat,dog\na,1,0\n", "{path}: no line for image 'b' (2 such images)"),
+        ("image,cat,dog\na,1,nan\nb,1,0\nc,1,0\n", "{path} holds probabilities that are not finite"),
+        (f"image,cat,dog\n{'a' * 200_000},1,0\n", "cannot read scores {path}: field larger than"),
     ],
 )
 def test_wrong_scores(

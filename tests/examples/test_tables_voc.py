@@ -146,6 +146,30 @@ def test_the_best_checkpoint_is_used_if_it_was_asked_for(run: Path, tmp_path: Pa
     assert (Path(cam.load[0]).name, Path(ours.load[0]).name) == ("cam.pt", "single_stage_best.pt")
 
 
+def test_an_unfinished_training_has_no_table(
+    make: Make, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/iou.csv").unlink()
+    assert make("5", "--runs", str(tmp_path / "run")) == 2
+    assert "is not finished: looked for" in capsys.readouterr().err
+
+
+def test_masks_are_made_again_by_another_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def recorded(command: list[str]) -> int:
+        commands.append(command)
+        return 0
+
+    monkeypatch.setattr(infer_voc, "main", recorded)
+    checkpoint = tmp_path / "network.pt"
+    for content, runs in ((b"first", 1), (b"first", 1), (b"second", 2)):
+        checkpoint.write_bytes(content)
+        assert tables_voc.segment_once(tmp_path, [str(checkpoint), "--split", "val"]) == tmp_path
+        assert len(commands) == runs
+
+
 def test_a_published_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_root: Path) -> None:
     commands: list[list[str]] = []
 

@@ -20,12 +20,12 @@ import torch
 import train_voc
 from PIL import Image
 from train_voc import main
-from voc.checkpoints import load_trained, read_checkpoint
+from voc.checkpoints import load_trained, read_checkpoint, save_checkpoint
 from voc.dataset.images import read_image, read_mask, save_mask
 from voc.evaluation.tables import load_iou_csv
 from voc.inference.masks import multi_scale_masks
 from voc.model import build_model
-from voc.train import objective
+from voc.train import objective, state
 from voc.train.batches import AugmentedDataset
 
 QUICK = shlex.split(
@@ -172,6 +172,22 @@ def test_an_interrupted_run_goes_on(
     assert_same_run(finished, tmp_path)
 
 
+def test_a_new_run_does_not_go_on_from_an_earlier_one(
+    finished: Path, toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    monkeypatch.setattr(train_voc, "train", interrupted)
+    assert main([*QUICK, "--data", str(toy_root), "--output", str(output), "--no-baseline", "--seed", "9"]) == 130
+    assert state.checkpoint_to_resume(train_voc.parse_arguments(["--resume", str(output)])) is None
+    assert not (output / "iou.csv").exists()
+    kept = output / "single_stage.pt.old"
+    assert kept.read_bytes() == (finished / "single_stage.pt").read_bytes()
+
+
 def test_going_on_from_any_epoch(finished: Path, tmp_path: Path) -> None:
     for name in ("settings.json", "single_stage_001.pt"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())
@@ -265,9 +281,16 @@ def test_a_checkpoint_of_a_version_without_energy_loss_goes_on(finished: Path, t
     assert_same_run(finished, tmp_path)
 
 
-def test_the_best_epoch_makes_the_results(toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_epoch_makes_the_results(
+    toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     losses = iter([0.3, 0.1, 0.2])
     evaluated = []
+    saved: list[str] = []
+
+    def save(path: Path, *args: Any) -> None:
+        saved.append(path.stem.removeprefix("single_stage"))
+        save_checkpoint(path, *args)
 
     def held_out(*_: Any) -> float:
         return next(losses)
@@ -280,6 +303,7 @@ def test_the_best_epoch_makes_the_results(toy_root: Path, tmp_path: Path, monkey
     evaluate = train_voc.evaluate
     monkeypatch.setattr(train_voc, "evaluate", recorded)
     monkeypatch.setattr(train_voc, "held_out_loss", held_out)
+    monkeypatch.setattr(state, "save_checkpoint", save)
     arguments = ["--no-baseline", "--checkpoint", "best", "--epochs", "3", "--classification-epochs", "0"]
     assert main([*QUICK, "--data", str(toy_root), "--output", str(tmp_path), *arguments, "--keep-checkpoints"]) == 0
     history = read_checkpoint(tmp_path / "single_stage.pt")["progress"]["history"]
@@ -288,8 +312,12 @@ def test_the_best_epoch_makes_the_results(toy_root: Path, tmp_path: Path, monkey
     for key, value in evaluated[-1].items():
         assert torch.equal(value, second[key])
         assert torch.equal(value, best[key])
+    assert saved == ["_001", "_best", "", "_002", "_best", "", "_003", ""]  # a kill loses no copy
     assert main(["--resume", str(tmp_path)]) == 0
     assert all(torch.equal(value, best[key]) for key, value in evaluated[-1].items())
+    shutil.copy(tmp_path / "single_stage_003.pt", tmp_path / "single_stage_best.pt")
+    assert main(["--resume", str(tmp_path)]) == 1
+    assert "single_stage_best.pt is not of epoch 2, the best one of this run" in capsys.readouterr().err
 
 
 def test_held_out_loss_needs_no_masks(toy_root: Path, tmp_path: Path) -> None:

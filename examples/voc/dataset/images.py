@@ -14,6 +14,8 @@ from torch import Tensor
 from .errors import DataError
 
 IGNORE = 255  # void in the ground truth, "no label" in pseudo labels
+# Pillow reads more formats, and detects them by the content, not the suffix: for EPS it would start Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for bad files
 # How to turn an image upright, by its EXIF orientation.
 TURNS = {
@@ -30,7 +32,7 @@ TURNS = {
 def check_image(path: Path) -> None:
     """Read the header of an image file, to see that it is an image."""
     try:
-        with Image.open(path):
+        with Image.open(path, formats=FORMATS):
             pass
     except IMAGE_ERRORS as error:
         raise DataError(f"cannot read image {path}: {error}") from error
@@ -53,7 +55,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def read_image(path: Path) -> Tensor:
     """Read an image as RGB [3, H, W] in [0, 1], turned upright."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             turn, rgb = turn_upright(image), to_rgb(image)
     except (DataError, *IMAGE_ERRORS) as error:
         raise DataError(f"cannot read image {path}: {error}") from error
@@ -64,7 +66,7 @@ def read_image(path: Path) -> Tensor:
 def read_mask(path: Path) -> NDArray[np.uint8]:
     """Read a mask of class indices [H, W] from a palette or greyscale PNG."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             mode, mask = image.mode, np.array(image)
     except IMAGE_ERRORS as error:
         raise DataError(f"cannot read mask {path}: {error}") from error
@@ -76,7 +78,7 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
 def read_mask_upright(path: Path, image_path: Path) -> NDArray[np.uint8]:
     """Read a mask, which is stored on the pixel grid of its image file, and turn it as `read_image` turns the image."""
     mask = read_mask(path)
-    with Image.open(image_path) as image:
+    with Image.open(image_path, formats=FORMATS) as image:
         turn = turn_upright(image)
     return mask if turn is None else np.array(Image.fromarray(mask).transpose(turn))
 

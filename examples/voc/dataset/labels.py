@@ -37,6 +37,8 @@ def labels_from_file(path: Path, names: Sequence[str], classes: Sequence[str]) -
     labels = {}
     for number, line in enumerate(read_lines(path), start=1):
         name, *present = line.split()
+        if name in labels:
+            raise DataError(f"{path} has two lines for image {name!r}: expected one line with all of its classes")
         labels[name] = frozenset(class_indices(present, classes, source=f"{path}, entry {number}"))
     missing = [name for name in names if name not in labels]
     if missing:
@@ -53,7 +55,7 @@ def labels_from_annotations(folder: Path, names: Sequence[str], classes: Sequenc
             raise DataError(f"annotation not found: looked for {path} (or give --labels FILE)")
         try:
             root = ElementTree.parse(path).getroot()
-        except ElementTree.ParseError as error:
+        except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:  # e.g. an unknown encoding
             raise DataError(f"cannot read annotation {path}: {error}") from error
         present = [(element.text or "").strip() for element in root.iterfind("object/name")]
         labels.append(frozenset(class_indices(present, classes, source=str(path))))

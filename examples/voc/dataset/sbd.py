@@ -14,8 +14,9 @@ from PIL import Image
 from scipy.io import loadmat
 from tqdm import tqdm
 
+from ..files.whole import write_text_whole, write_whole
 from .errors import DataError
-from .images import save_mask
+from .images import FORMATS, save_mask
 from .layout import SPLIT_FOLDER, VOC_CLASSES, find_masks, first_file, read_names, read_split
 
 KNOWN_COUNTS = {"VOC train": 1464, "VOC val": 1449, "SBD train": 8498, "SBD val": 2857, "train_aug": 10582}
@@ -104,7 +105,7 @@ def write_augmented_set(found: AugmentedSet, images: Mapping[str, Path], output:
         folder.mkdir(parents=True, exist_ok=True)
     convert_masks({path: (images[name], masks / f"{name}.png") for name, path in sbd_masks.items()})
     for name, path in tqdm(voc_masks.items(), "VOC's masks", unit="mask"):
-        shutil.copyfile(path, masks / f"{name}.png")
+        copy_whole(path, masks / f"{name}.png")
     for path in images.values():
         link(path, output / "JPEGImages" / path.name)
     for split, names in (("train", found.voc_train), ("val", found.voc_val)):
@@ -126,7 +127,8 @@ def convert_masks(jobs: Mapping[Path, tuple[Path, Path]]) -> None:
 
 def convert_mask(path: Path, image: Path, png: Path) -> None:
     """Write one of SBD's masks as a PNG in VOC's colours."""
-    save_mask(png, read_sbd_mask(path, image))
+    mask = read_sbd_mask(path, image)
+    write_whole(png, lambda partial: save_mask(partial, mask))
 
 
 def read_sbd_mask(path: Path, image: Path) -> NDArray[np.uint8]:
@@ -148,7 +150,7 @@ def read_sbd_mask(path: Path, image: Path) -> NDArray[np.uint8]:
 def image_size(path: Path) -> tuple[int, int]:
     """Return width and height of an image."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             return width, height
     except Exception as error:  # Pillow raises nearly anything for a damaged file
@@ -163,9 +165,14 @@ def link(source: Path, target: Path) -> None:
     try:
         target.symlink_to(source.resolve())
     except OSError:
-        shutil.copyfile(source, target)
+        copy_whole(source, target)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file, which appears at `target` when it is complete."""
+    write_whole(target, lambda partial: shutil.copyfile(source, partial))
 
 
 def write_list(path: Path, names: Iterable[str]) -> None:
     """Write a split file."""
-    path.write_text("\n".join(names) + "\n", encoding="utf-8")
+    write_text_whole(path, "\n".join(names) + "\n")

@@ -1,4 +1,4 @@
-"""A split of a data set in Pascal VOC's layout, checked completely before training starts, and its samples."""
+"""A split of a data set in Pascal VOC's layout, whose files are checked before training starts, and its samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import DataError
-from .images import read_image, read_mask_upright
+from .images import FORMATS, read_image, read_mask_upright
 from .labels import find_labels, labels_from_masks
 from .layout import MASK_FOLDERS, find_images, find_masks, first_file
 
@@ -78,15 +78,21 @@ def load_split_with_masks(
 ) -> VOCSplit:
     """Find the images of a split and their masks, in `folder` if one is given; its labels are those of the masks."""
     images, masks = find_images(root, names), find_masks(root, names, folder)
+    labels = check_masks(images, masks, classes)
+    return VOCSplit(tuple(classes), tuple(names), images, labels, masks)
+
+
+def check_masks(images: Sequence[Path], masks: Sequence[Path], classes: Sequence[str]) -> tuple[frozenset[int], ...]:
+    """Refuse masks with unknown classes or of another size than their images. Return the classes of every mask."""
     labels = labels_from_masks(masks, classes)
     for image, mask in zip(images, masks, strict=True):
-        with Image.open(image) as opened_image, Image.open(mask) as opened_mask:
+        with Image.open(image, formats=FORMATS) as opened_image, Image.open(mask, formats=FORMATS) as opened_mask:
             if opened_image.size != opened_mask.size:
                 raise DataError(
                     f"mask {mask} is {opened_mask.size[0]}x{opened_mask.size[1]}, "
                     f"but its image {image} is {opened_image.size[0]}x{opened_image.size[1]}"
                 )
-    return VOCSplit(tuple(classes), tuple(names), images, labels, masks)
+    return labels
 
 
 def first_with_masks(root: Path, split: VOCSplit, count: int) -> VOCSplit:
@@ -98,6 +104,7 @@ def first_with_masks(root: Path, split: VOCSplit, count: int) -> VOCSplit:
         if mask is not None and len(indices) < count:
             indices.append(index)
             masks.append(mask)
+    check_masks([split.images[index] for index in indices], masks, split.classes)
     return VOCSplit(
         split.classes,
         tuple(split.names[index] for index in indices),

@@ -6,13 +6,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import CatMetric
 from tqdm import tqdm
 
 from ..backbones import normalise
 from ..dataset.images import IGNORE
 from ..dataset.splits import VOCDataset
-from ..inference.masks import highest, multi_scale_masks, segment
+from ..inference.masks import background_mask, highest, multi_scale_masks, segment
 from ..inference.refine import refine_masks
 from ..model import CAMNet, Network
 from ..self_supervision import labels_from_masks
@@ -62,21 +61,24 @@ def evaluate(
     meters = {column: IoUMeter(1 + len(dataset.split.classes)) for column in columns}
     for meter in meters.values():
         meter.confusion.to(device)
-    scores = CatMetric(nan_strategy="ignore").to(device)  # rows of probabilities and labels [2 C]
+    scores = torch.zeros(len(dataset), 2, len(dataset.split.classes), device=device)  # probabilities and labels
     indices = range(group.rank, len(dataset), group.size)
     for index in tqdm(indices, "evaluating", leave=False, disable=group.rank > 0):
         sample = dataset[index]
         image, target = sample.image.to(device), sample.mask.to(device)
         masks, probabilities = multi_scale_masks(model, image, scales or settings.scales, flip)
-        levels = masks.new_tensor(backgrounds) if is_cam else [masks[0] ** settings.background_power]
-        for name, background in zip(names, levels, strict=True):
-            masks[0] = background
+        scores_or_power = backgrounds if is_cam else [settings.background_power]
+        levels = [background_mask(model, masks, one) for one in scores_or_power]  # [H, W] each
+        for name, level in zip(names, levels, strict=True):
+            masks[0] = level
             meters[name].update(segment(masks, probabilities, settings.min_probability), target)
             if refine != "none":
                 refined = refine_masks(image, masks, probabilities >= settings.min_probability, refine)
                 meters[refined_name(name, refine)].update(highest(refined), target)
-        scores.update(torch.cat([probabilities, sample.labels.to(device)])[None])
-    gathered, labels = scores.compute().cpu().chunk(2, dim=1)
+        scores[index] = torch.stack([probabilities, sample.labels.to(device)])
+    if group.size > 1:
+        torch.distributed.all_reduce(scores)  # every process has filled the rows of its images
+    gathered, labels = scores.cpu().unbind(dim=1)
     return Evaluation({name: meter.iou().cpu() for name, meter in meters.items()}, average_precision(gathered, labels))
 
 
@@ -143,7 +145,8 @@ def draw(model: Network, dataset: VOCDataset, settings: Settings, device: torch.
         averaged, probabilities = multi_scale_masks(model, image, settings.scales)
         coarse = model(normalise(image[None], model.backbone)).masks
         target = labels_from_masks(image[None], coarse, sample.labels[None].to(device), settings)
-        averaged[0] = CAM_BACKGROUNDS[0] if isinstance(model, CAMNet) else averaged[0] ** settings.background_power
+        background = CAM_BACKGROUNDS[0] if isinstance(model, CAMNet) else settings.background_power
+        averaged[0] = background_mask(model, averaged, background)
         masks["mask"].append(segment(averaged, probabilities, settings.min_probability).cpu())
         if settings.refine != "none":
             kept = probabilities >= settings.min_probability

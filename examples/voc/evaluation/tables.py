@@ -101,11 +101,14 @@ def load_scores(path: Path, classes: Sequence[str], names: Sequence[str]) -> Ten
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             header, *lines = csv.reader(file)
         scores = {line[0]: [float(cell) for cell in line[1:]] for line in lines}
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, csv.Error) as error:
         raise DataError(f"cannot read scores {path}: {error}") from error
     if header != ["image", *classes] or any(len(row) != len(classes) for row in scores.values()):
         raise DataError(f"{path}: expected the columns image, {', '.join(classes)}")
     missing = [name for name in names if name not in scores]
     if missing:
         raise DataError(f"{path}: no line for image {missing[0]!r} ({len(missing)} such images)")
-    return torch.tensor([scores[name] for name in names], dtype=torch.float64)
+    found = torch.tensor([scores[name] for name in names], dtype=torch.float64)
+    if not found.isfinite().all():
+        raise DataError(f"{path} holds probabilities that are not finite")
+    return found

@@ -45,7 +45,7 @@ def load_soft(path: Path) -> SoftFile:
     return SoftFile(masks, kept)
 
 
-def choose_classes(soft: SoftFile, present: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def classes_among(soft: SoftFile, present: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Return class indices [H, W]: for every pixel the highest mask of the background and the present classes."""
     masks = soft.masks.copy()
     masks[1:][~present] = 0

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..backbones import normalise
 from ..dataset.errors import DataError
-from ..model import Network, Output, resize
+from ..model import CAMNet, Network, Output, resize
 
 
 @torch.no_grad()
@@ -44,6 +44,11 @@ def multi_scale_masks(
             total = total + (full.flip(-1) if mirrored else full)
             probabilities.append(output.class_scores[0].sigmoid())
     return total / len(probabilities), torch.stack(probabilities).amax(dim=0)
+
+
+def background_mask(model: Network, masks: Tensor, background: float) -> Tensor:
+    """Return the background's mask [H, W] with a power or score, of masks [C + 1, H, W]."""
+    return torch.full_like(masks[0], background) if isinstance(model, CAMNet) else masks[0] ** background
 
 
 def pad(image: Tensor, side: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..dataset.errors import DataError
 from ..dataset.images import save_mask
 from ..files.soft import SoftFile, save_soft
 from ..files.whole import write_csv_whole, write_whole
@@ -46,20 +47,23 @@ class Outputs:
         """Return the right to write the outputs of an image, or None if another process has it."""
         return claim_outputs(self.folder, source.name)
 
-    def find(self, source: Source) -> Sequence[float] | None:
-        """Return the probabilities of an image if its outputs exist and were made from this file with these values.
-
-        Otherwise return None.
-        """
+    def find(self, source: Source, key: str) -> Sequence[float] | None:
+        """Return the probabilities of an image if its outputs exist and have this key, otherwise None."""
         record = read_record(self.file("masks", source))
-        if record is None or not source.path.is_file() or record.key != self.key(source):
+        if record is None or record.key != key:
             return None
         return record.probabilities if all(self.file(kind, source).is_file() for kind in self.paths) else None
 
-    def write(self, source: Source, picture: Picture, soft: SoftMasks, refined: NDArray[np.uint8] | None) -> None:
-        """Write the files of one image. The mask is written last: if it exists, the other files exist too."""
+    def write(
+        self, source: Source, key: str, picture: Picture, soft: SoftMasks, refined: NDArray[np.uint8] | None
+    ) -> None:
+        """Write the files of one image, which had this key when it was read.
+
+        The mask, which has the record, is deleted first and written last: if it exists, the other files belong to it.
+        """
         masks = [mask for mask in (choose_classes(soft), refined) if mask is not None]
-        record = Record(self.key(source), soft.probabilities.tolist())
+        record = Record(key, soft.probabilities.tolist())
+        self.file("masks", source).unlink(missing_ok=True)
         for kind in reversed(self.paths):
             path = self.file(kind, source)
             if kind == "soft":
@@ -76,8 +80,15 @@ class Outputs:
         return self.paths[kind] / f"{source.name}{SUFFIXES.get(kind, '.png')}"
 
     def key(self, source: Source) -> str:
-        """Return the key that the record of an image's mask must have."""
-        return image_key(self.values, source.path, source.labels)
+        """Return the key that the record of an image's mask must have.
+
+        Raises:
+            DataError: there is no such image.
+        """
+        try:
+            return image_key(self.values, source.path, source.labels)
+        except OSError as error:
+            raise DataError(f"cannot read image {source.path}: {error.strerror or error}") from error
 
 
 def write_mask(path: Path, picture: Picture, mask: NDArray[np.uint8], text: Mapping[str, str] | None = None) -> None:

@@ -11,10 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ..dataset.errors import DataError
-from ..dataset.images import to_rgb, turn_upright
-
-# Pillow reads more formats, and detects them by the content, not the suffix: for EPS it would start Ghostscript.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+from ..dataset.images import FORMATS, to_rgb, turn_upright
 
 # The inverse of a turn, for turns that are not their own inverse.
 TURN_BACK = {

@@ -35,9 +35,10 @@ class Outcome(NamedTuple):
 
 
 class Work(NamedTuple):
-    """An image that this process segments."""
+    """An image that this process segments, and the key of its outputs."""
 
     source: Source
+    key: str
     picture: Picture
     claim: Claim
 
@@ -104,9 +105,10 @@ class Pipeline:
         if claim is None:
             return Outcome(source.name, "elsewhere")
         try:
-            probabilities = self.outputs.find(source)
+            key = self.outputs.key(source)  # first: the file may be replaced while it is read
+            probabilities = self.outputs.find(source, key)
             if probabilities is None:
-                return Work(source, read_picture(source.path, self.max_pixels), claim)
+                return Work(source, key, read_picture(source.path, self.max_pixels), claim)
             claim.release()
             return Outcome(source.name, "done before", probabilities)
         except DataError as error:
@@ -142,7 +144,7 @@ class Pipeline:
         """Refine the masks and write the outputs."""
         try:
             refined = self.refine(work.picture, soft)
-            self.outputs.write(work.source, work.picture, soft, refined)
+            self.outputs.write(work.source, work.key, work.picture, soft, refined)
             return Outcome(work.source.name, "segmented", soft.probabilities.tolist())
         except OUT_OF_MEMORY:
             return too_little_memory(work.source)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..dataset.errors import DataError
 from ..model import CAMNet, Network
 from ..settings import Settings
-from .masks import multi_scale_masks, segment
+from .masks import background_mask, multi_scale_masks, segment
 from .pictures import Picture
 
 
@@ -47,10 +47,8 @@ class Segmenter:
         masks, probabilities = multi_scale_masks(self.model, image, self.settings.scales, self.flip, self.pad_to)
         if not (masks.isfinite().all() and probabilities.isfinite().all()):
             raise DataError("the network's masks are not finite")
-        if isinstance(self.model, CAMNet):
-            masks[0] = self.cam_background
-        else:
-            masks[0] = masks[0] ** self.settings.background_power
+        background = self.cam_background if isinstance(self.model, CAMNet) else self.settings.background_power
+        masks[0] = background_mask(self.model, masks, background)
         if labels is None:
             kept = probabilities >= self.settings.min_probability
         else:

@@ -92,11 +92,12 @@ class TrainingState:
         self.history.append({**dict(zip(LOSSES, means, strict=True)), **figures})
         done = self.epoch
         self.epoch, self.step, self.sums = done + 1, 0, [0.0] * len(LOSSES)
-        self.save()
+        # The copies come first: if the process is killed between two files, the resumed run writes all of them again.
         if self.settings.keep_checkpoints:
             self.save(f"_{done:03d}")
         if HELD_OUT_LOSS in figures and done == self.best_epoch:
             self.save("_best")
+        self.save()
 
     @property
     def best_epoch(self) -> int | None:
@@ -110,7 +111,10 @@ class TrainingState:
         if self.best_epoch is not None:
             self.accelerator.wait_for_everyone()
             path = self.settings.output / f"{self.settings.model}_best.pt"
-            self.result.load_state_dict(read_checkpoint(path)["model"])
+            best = read_checkpoint(path)
+            if len(best["progress"]["history"]) != self.best_epoch:  # the run was resumed from an earlier epoch
+                raise CheckpointError(f"{path} is not of epoch {self.best_epoch}, the best one of this run")
+            self.result.load_state_dict(best["model"])
 
     def save(self, suffix: str = "") -> None:
         """Write a checkpoint into the output folder."""
@@ -145,6 +149,13 @@ class TrainingState:
                 self.accelerator.scaler.load_state_dict(progress["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"--resume: {path} does not fit: {str(error).splitlines()[0]}") from error
+
+
+def set_aside_earlier_run(folder: Path) -> None:
+    """Rename the checkpoints and the table of an earlier run, which `--resume` would take for those of this one."""
+    for pattern in ("cam*.pt", "single_stage*.pt", "iou.csv"):
+        for path in folder.glob(pattern):
+            path.replace(path.with_name(f"{path.name}.old"))
 
 
 def checkpoint_to_resume(settings: Settings) -> Path | None:

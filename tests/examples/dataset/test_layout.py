@@ -177,6 +177,9 @@ def test_missing(root: Path, removed: str, message: str) -> None:
         ("classes.txt", b"cat\ndog\n", "unknown class index 8"),
         ("Annotations/a.xml", b"<annotation>", "cannot read annotation"),
         ("Annotations/a.xml", annotation("unicorn").encode(), "unknown class 'unicorn'"),
+        ("Annotations/a.xml", b"<?xml version='1.0' encoding='foo'?><annotation/>", "cannot read annotation .*a.xml"),
+        ("Annotations/a.xml", b"<?xml version='1.0' encoding='shift_jis'?><a/>", "cannot read annotation .*a.xml"),
+        ("JPEGImages/b.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify image file"),
         ("Annotations/b.xml", annotation("cat").encode(), "annotation not found: looked for"),
     ],
 )
@@ -194,6 +197,7 @@ def test_broken(root: Path, file: str, content: bytes, message: str) -> None:
         (None, "labels file not found"),
         ("a cat\nb unicorn\n", "entry 2: unknown class 'unicorn'"),
         ("a cat\n", r"no line for image 'b' \(1 such images\)"),
+        ("a cat\nb cat\na cat\n", "has two lines for image 'a': expected one line with all of its classes"),
     ],
 )
 def test_broken_labels_file(root: Path, content: str | None, message: str) -> None:

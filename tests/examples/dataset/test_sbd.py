@@ -1,5 +1,6 @@
 """The enlarged training set from small fake trees of VOC and SBD."""
 
+import errno
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -132,6 +133,21 @@ def test_links_or_else_copies(voc: Path, sbd: Path, tmp_path: Path, monkeypatch:
     assert all(path.is_symlink() for path in links)
     assert not any(path.is_symlink() for path in copies)
     assert [path.read_bytes() for path in links] == [path.read_bytes() for path in copies]
+
+
+def test_an_incomplete_list_is_never_kept(
+    voc: Path, sbd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(path: Path, text: str, **_: object) -> int:
+        path.write_bytes(text[:3].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full_disk)
+        assert prepare(voc, sbd, tmp_path / "out") != 0
+    assert not list((tmp_path / "out/ImageSets/Segmentation").iterdir())
+    assert prepare(voc, sbd, tmp_path / "out") == 0
+    assert read_split(tmp_path / "out", "train") == tuple(VOC_TRAIN)
 
 
 def test_broken_links_are_replaced(voc: Path, sbd: Path, tmp_path: Path) -> None:

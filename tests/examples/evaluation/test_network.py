@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor, nn
+from voc.dataset.errors import DataError
 from voc.dataset.images import IGNORE, save_mask
 from voc.dataset.layout import read_classes, read_split
 from voc.dataset.splits import VOCDataset, first_with_masks, load_split
@@ -101,13 +104,19 @@ def test_images_without_masks_are_left_out(toy_root: Path, tmp_path: Path) -> No
     split = load_split(toy_root, read_split(toy_root, "train"), read_classes(toy_root))
     assert len(first_with_masks(tmp_path, split, 5)) == 0
     (tmp_path / "SegmentationClassAug").mkdir()
+    with Image.open(split.images[1]) as image:
+        width, height = image.size
     for index in (1, 4, 7):
-        save_mask(tmp_path / f"SegmentationClassAug/{split.names[index]}.png", np.zeros((2, 2), np.uint8))
+        save_mask(tmp_path / f"SegmentationClassAug/{split.names[index]}.png", np.zeros((height, width), np.uint8))
     found = first_with_masks(tmp_path, split, 2)
     assert found.names == (split.names[1], split.names[4])
     assert found.labels == (split.labels[1], split.labels[4])
     assert found.images == (split.images[1], split.images[4])
     assert [path.stem for path in found.masks] == list(found.names)
+    for mask, message in ((np.zeros((2, 2), np.uint8), "is 2x2, but its image"), (np.full((height, width), 77), "77")):
+        save_mask(tmp_path / f"SegmentationClassAug/{split.names[4]}.png", mask.astype(np.uint8))
+        with pytest.raises(DataError, match=message):
+            first_with_masks(tmp_path, split, 2)
 
 
 def test_pseudo_labels_of_the_settings() -> None:
@@ -154,3 +163,22 @@ def test_each_process_has_its_share(dataset: VOCDataset) -> None:
         for rank in range(2)
     ]
     assert not torch.equal(shares[0].iou.nan_to_num(), shares[1].iou.nan_to_num())
+
+
+def evaluate_with_another_process(rank: int, store: str, dataset: VOCDataset, results: dict[int, list[Tensor]]) -> None:
+    """Evaluate a data set together with another process."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    found = evaluate(Halves(), dataset, PAPER, torch.device("cpu"), Group(rank, 2))  # type: ignore[arg-type]
+    results[rank] = [found.iou["ours"], found.average_precision]
+    dist.destroy_process_group()
+
+
+def test_more_processes_than_images(dataset: VOCDataset, tmp_path: Path) -> None:
+    one = VOCDataset(dataset.split.first(1))
+    expected = evaluate(Halves(), one, PAPER, torch.device("cpu"), ALONE)  # type: ignore[arg-type]
+    with mp.Manager() as manager:
+        shared = manager.dict()
+        mp.spawn(evaluate_with_another_process, (str(tmp_path / "store"), one, shared), nprocs=2)
+        for iou, average_precision in shared.values():
+            torch.testing.assert_close(iou, expected.iou["ours"], equal_nan=True)
+            torch.testing.assert_close(average_precision, expected.average_precision, equal_nan=True)

@@ -3,10 +3,65 @@
 import os
 from pathlib import Path
 
-from voc.inference.outputs import write_scores
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from voc.dataset.errors import DataError
+from voc.dataset.images import read_mask
+from voc.inference import outputs
+from voc.inference.outputs import Outputs, write_scores
+from voc.inference.pictures import Picture, read_picture
+from voc.inference.segmenter import SoftMasks
+from voc.inference.sources import Source
 
 
 def test_file_name_that_is_not_valid_utf8(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     write_scores(tmp_path / "scores.csv", ["a,b", "c"], [(name, [0.25, 1e-9])])
     assert (tmp_path / "scores.csv").read_bytes() == b'image,"a,b",c\r\ncaf\xe9,0.250000,0.000000\r\n'
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    Image.new("RGB", (5, 4), (9, 9, 9)).save(tmp_path / "a.png")
+    return Source("a", tmp_path / "a.png", None)
+
+
+def write(source: Source, folder: Path, power: float, index: int) -> Outputs:
+    """Write the outputs of an image: class `index` everywhere."""
+    found = Outputs(folder, ["masks", "crf"], {"power": power})
+    found.make_folders()
+    masks = torch.zeros(3, 4, 5)
+    masks[index] = 1
+    soft = SoftMasks(masks, torch.ones(2), torch.ones(2, dtype=torch.bool))
+    refined = np.full((4, 5), index, np.uint8)
+    found.write(source, found.key(source), read_picture(source.path, 100), soft, refined)
+    return found
+
+
+def test_a_kill_leaves_no_mask_beside_files_of_other_arguments(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    first = write(source, tmp_path / "out", 1.0, 1)
+    assert first.find(source, first.key(source)) == [1.0, 1.0]
+    write_mask = outputs.write_mask
+
+    def write_one(path: Path, picture: Picture, *rest: object) -> None:
+        write_mask(path, picture, *rest)  # type: ignore[arg-type]
+        monkeypatch.setattr(outputs, "write_mask", killed)
+
+    monkeypatch.setattr(outputs, "write_mask", write_one)
+    with pytest.raises(KeyboardInterrupt):
+        write(source, tmp_path / "out", 2.0, 2)
+    assert read_mask(tmp_path / "out/crf/a.png").max() == 2
+    assert first.find(source, first.key(source)) is None
+
+
+def test_an_image_that_was_deleted(source: Source, tmp_path: Path) -> None:
+    source.path.unlink()
+    with pytest.raises(DataError, match=f"cannot read image {source.path}: No such file"):
+        Outputs(tmp_path, ["masks"], {}).key(source)
