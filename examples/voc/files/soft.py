@@ -6,8 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .whole import write_whole
-
 
 class SoftFile(NamedTuple):
     """Masks [C + 1, H, W], background first, and whether each of the C classes was kept."""
@@ -18,12 +16,8 @@ class SoftFile(NamedTuple):
 
 def save_soft(path: Path, soft: SoftFile) -> None:
     """Write soft masks as a compressed NumPy archive."""
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:
-            np.savez_compressed(file, masks=soft.masks, kept=soft.kept)
-
-    write_whole(path, write)
+    with path.open("wb") as file:
+        np.savez_compressed(file, masks=soft.masks, kept=soft.kept)
 
 
 def load_soft(path: Path) -> SoftFile:

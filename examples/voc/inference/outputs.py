@@ -1,4 +1,4 @@
-"""The files that inference writes: masks, overlays and probabilities. Each file is written atomically."""
+"""The files that inference writes: masks, overlays and probabilities."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from PIL import Image
 from ..dataset.errors import DataError
 from ..dataset.images import save_mask
 from ..files.soft import SoftFile, save_soft
-from ..files.whole import write_csv_whole, write_whole
+from ..files.whole import Write, write_csv_whole, write_together
 from ..visualise import overlay
 from .claims import CLAIMS, Claim, claim_outputs
 from .pictures import Picture
@@ -57,23 +57,16 @@ class Outputs:
     def write(
         self, source: Source, key: str, picture: Picture, soft: SoftMasks, refined: NDArray[np.uint8] | None
     ) -> None:
-        """Write the files of one image, which had this key when it was read.
-
-        The mask, which has the record, is deleted first and written last: if it exists, the other files belong to it.
-        """
+        """Write the files of one image, which had this key when it was read. If its mask exists, the others do too."""
         masks = [mask for mask in (choose_classes(soft), refined) if mask is not None]
         record = Record(key, soft.probabilities.tolist())
-        self.file("masks", source).unlink(missing_ok=True)
-        for kind in reversed(self.paths):
-            path = self.file(kind, source)
-            if kind == "soft":
-                write_soft(path, picture, soft)
-            elif kind == "overlays":
-                write_overlay(path, picture, masks)
-            elif kind == "masks":
-                write_mask(path, picture, masks[0], record.text())
-            else:
-                write_mask(path, picture, masks[-1])
+        writers = {
+            "masks": mask_writer(picture, masks[0], record.text()),
+            "overlays": overlay_writer(picture, masks),
+            "soft": soft_writer(picture, soft),
+        }
+        refined_writer = mask_writer(picture, masks[-1])
+        write_together({self.file(kind, source): writers.get(kind, refined_writer) for kind in reversed(self.paths)})
 
     def file(self, kind: str, source: Source) -> Path:
         """Return the path of an output."""
@@ -88,29 +81,37 @@ class Outputs:
         try:
             return image_key(self.values, source.path, source.labels)
         except OSError as error:
-            raise DataError(f"cannot read image {source.path}: {error.strerror or error}") from error
+            missing = isinstance(error, FileNotFoundError)
+            raise DataError("not found" if missing else error.strerror or str(error)) from error
 
 
-def write_mask(path: Path, picture: Picture, mask: NDArray[np.uint8], text: Mapping[str, str] | None = None) -> None:
-    """Write the mask of a picture as a palette PNG, on the pixel grid of the stored image, with `text` in it."""
-    stored = picture.as_stored(mask)
-    write_whole(path, lambda partial: save_mask(partial, stored, text))
+def mask_writer(picture: Picture, mask: NDArray[np.uint8], text: Mapping[str, str] | None = None) -> Write:
+    """Return what writes the mask as a palette PNG, on the pixel grid of the stored image, with `text` in it."""
+    return lambda path: save_mask(path, picture.as_stored(mask), text)
 
 
-def write_overlay(path: Path, picture: Picture, masks: Sequence[NDArray[np.uint8]]) -> None:
-    """Write the masks over the pixels that the network saw, side by side, or one below the other for wide images."""
-    painted = [overlay(picture.tensor(), torch.from_numpy(mask).long()) for mask in masks]  # each [H, W, 3]
-    height, width = masks[0].shape
-    pixels = np.concatenate(painted, axis=0 if width > height else 1)
-    image = Image.fromarray((255 * pixels).round().astype(np.uint8))
-    image.thumbnail((JPEG_SIDE, JPEG_SIDE))  # does nothing to smaller images
-    write_whole(path, lambda partial: image.save(partial, quality=90))
+def overlay_writer(picture: Picture, masks: Sequence[NDArray[np.uint8]]) -> Write:
+    """Return what writes the masks over the pixels that the network saw: side by side, or for wide images stacked."""
+
+    def write(path: Path) -> None:
+        painted = [overlay(picture.tensor(), torch.from_numpy(mask).long()) for mask in masks]  # each [H, W, 3]
+        height, width = masks[0].shape
+        pixels = np.concatenate(painted, axis=0 if width > height else 1)
+        image = Image.fromarray((255 * pixels).round().astype(np.uint8))
+        image.thumbnail((JPEG_SIDE, JPEG_SIDE))  # does nothing to smaller images
+        image.save(path, quality=90)
+
+    return write
 
 
-def write_soft(path: Path, picture: Picture, soft: SoftMasks) -> None:
-    """Write the soft masks of a picture, on the pixel grid of the stored image."""
-    masks = np.stack([picture.as_stored(mask) for mask in soft.masks.float().cpu().numpy()])  # [C + 1, H, W]
-    save_soft(path, SoftFile(masks, soft.kept.cpu().numpy()))
+def soft_writer(picture: Picture, soft: SoftMasks) -> Write:
+    """Return what writes the soft masks, on the pixel grid of the stored image."""
+
+    def write(path: Path) -> None:
+        masks = np.stack([picture.as_stored(mask) for mask in soft.masks.float().cpu().numpy()])  # [C + 1, H, W]
+        save_soft(path, SoftFile(masks, soft.kept.cpu().numpy()))
+
+    return write
 
 
 def write_scores(path: Path, classes: Sequence[str], scores: Iterable[tuple[str, Sequence[float]]]) -> None:

@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 from voc.dataset.errors import DataError
 from voc.dataset.images import read_mask
-from voc.inference import outputs
 from voc.inference.outputs import Outputs, write_scores
-from voc.inference.pictures import Picture, read_picture
+from voc.inference.pictures import read_picture
 from voc.inference.segmenter import SoftMasks
 from voc.inference.sources import Source
 
@@ -40,28 +39,30 @@ def write(source: Source, folder: Path, power: float, index: int) -> Outputs:
     return found
 
 
+@pytest.mark.parametrize("renamed", [0, 1])
 def test_a_kill_leaves_no_mask_beside_files_of_other_arguments(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    renamed: int, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
     first = write(source, tmp_path / "out", 1.0, 1)
     assert first.find(source, first.key(source)) == [1.0, 1.0]
-    write_mask = outputs.write_mask
+    replace = os.replace
+    calls: list[tuple[Path, ...]] = []
 
-    def write_one(path: Path, picture: Picture, *rest: object) -> None:
-        write_mask(path, picture, *rest)  # type: ignore[arg-type]
-        monkeypatch.setattr(outputs, "write_mask", killed)
+    def killed(*paths: Path) -> None:
+        if len(calls) == renamed:
+            raise KeyboardInterrupt
+        calls.append(paths)
+        replace(*paths)
 
-    monkeypatch.setattr(outputs, "write_mask", write_one)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         write(source, tmp_path / "out", 2.0, 2)
-    assert read_mask(tmp_path / "out/crf/a.png").max() == 2
+    assert read_mask(tmp_path / "out/crf/a.png").max() == 1 + renamed
     assert first.find(source, first.key(source)) is None
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.png")) == ["a.png"]
 
 
 def test_an_image_that_was_deleted(source: Source, tmp_path: Path) -> None:
     source.path.unlink()
-    with pytest.raises(DataError, match=f"cannot read image {source.path}: No such file"):
+    with pytest.raises(DataError, match="not found"):
         Outputs(tmp_path, ["masks"], {}).key(source)
