@@ -6,6 +6,7 @@
 import hashlib
 import json
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -152,8 +153,7 @@ def make_page(
             name: [run_one(runs, data, name, method, seed, others) for seed in runs.seeds]
             for name, method in rows.items()
         }
-        inside = [one == str(data) or one.startswith(f"{data}/") for one in given]
-        named = [f"VOC_ROOT{one[len(str(data)) :]}" if is_in else one for one, is_in in zip(given, inside, strict=True)]
+        named = [re.sub(rf"(^|=){re.escape(str(data))}(?=/|$)", r"\1VOC_ROOT", one) for one in given]
         command = shlex.join([program, *([] if runs.smoke else ["VOC_ROOT"]), *named])
         text = write(runs, data, command, results)
         runs.page.parent.mkdir(parents=True, exist_ok=True)

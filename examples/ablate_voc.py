@@ -5,6 +5,7 @@ row is resumed: repeat the command until the table is complete.
 """
 
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -152,12 +153,11 @@ def fill_table(ablation: Ablation, others: Sequence[str]) -> int:
 
 def run_command(command: Sequence[str]) -> int:
     """Run a command and return its exit code. Ctrl-C reaches the command too: wait until it has saved its state."""
-    with subprocess.Popen(command) as process:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                continue
+    previous = signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which the command would inherit
+    try:
+        return subprocess.run(command, check=False).returncode
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def crf_iou(settings: Settings) -> Tensor:

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for network_settings in settings_per_network(settings):
             checkpoint_to_resume(network_settings)
         settings.output.mkdir(parents=True, exist_ok=True)
-        if settings.resume is None and accelerator.is_main_process:
+        if accelerator.is_main_process and not goes_on_in_place(settings):
             set_aside_earlier_run(settings.output)
     except (ValueError, OSError) as error:  # the errors of data, weights and checkpoints are ValueErrors
         print(f"train_voc.py: error: {error}", file=sys.stderr)
@@ -112,6 +112,13 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
         pictures = draw(state.result, data.test, settings, device)
         overlay_figure(pictures.images, pictures.masks).savefig(settings.output / "overlays.png", dpi=110)
         print(f"checkpoints, tables, curves and overlays: {settings.output}")
+
+
+def goes_on_in_place(settings: Settings) -> bool:
+    """Return whether the run is resumed in its own folder."""
+    resume = settings.resume
+    folder = resume if resume is None or resume.is_dir() else resume.parent
+    return folder is not None and folder.resolve() == settings.output.resolve()
 
 
 def settings_per_network(settings: Settings) -> list[Settings]:

@@ -68,7 +68,7 @@ def multi_scale_cam(
     Raises:
         TypeError: an argument or the result of `model` has the wrong type.
         ValueError: a dimension is missing or empty, `scales` is empty, a scale is not positive, or `model` returns the
-            wrong number of CAMs, or CAMs without a pixel.
+            wrong number of CAMs, CAMs without a pixel, or another number of channels at another scale.
 
     Source:
         `multi_scale_cam` of Ru et al., CVPR 2022.

@@ -127,8 +127,8 @@ def refine_pseudo_labels(
        score keeps this class. A pixel that is background with both scores is background. All others are ignored.
 
     Classes that are absent never appear. On a CPU in eager mode they cost nothing; elsewhere, see `max_classes`. All
-    resizing is bilinear. Where two channels are equal, the
-    background wins over the classes, and the first class over the others.
+    resizing is bilinear. Where two channels are equal, the background wins over the classes, and the first class over
+    the others.
 
     Args:
         images: images as `refine` takes them, [B, K, H, W].

@@ -55,6 +55,9 @@ def check_same_run(folder: Path, settings: Settings, ignored: Collection[str]) -
     """Raise a ValueError if the run in a folder has other settings than these, except for the ignored ones."""
     wanted, found = asdict(settings), asdict(run_settings(folder))
     for key, value in wanted.items():
-        if key not in ignored and value != found[key]:
+        same = value == found[key]
+        if isinstance(value, Path) and isinstance(found[key], Path):
+            same = value.resolve() == found[key].resolve()
+        if key not in (*ignored, "output") and not same:  # the folder may have been moved
             option = f"--{key.replace('_', '-')}"
             raise ValueError(f"the run in {folder} has {option} {found[key]}, not {value}: give another --output")

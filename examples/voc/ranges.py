@@ -19,6 +19,7 @@ MINIMA = {
     "weight_decay": 0,
     "energy_loss": 0,
     "accumulate": 1,
+    "penalty_lambda": 0,
     "penalty_power": 0,
     "pamr_iterations": 0,
     "pamr_dilations": 1,
@@ -33,7 +34,10 @@ MAXIMA = {"seed": 2**32 - 1, "min_probability": 1}
 
 
 def check_ranges(settings: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a setting, or a number in a tuple, is out of its range. None passes, an empty tuple not."""
+    """Raise a ValueError if a setting, or a number in a tuple, is out of its range.
+
+    None is allowed, an empty tuple is not.
+    """
     for name, minimum in MINIMA.items():
         option, values = f"--{name.replace('_', '-')}", settings[name]
         if values == ():

@@ -48,6 +48,7 @@ def test_errors_are_one_line_with_exit_code_2(
         (["--ema-decay", "1"], "--ema-decay must be in [0, 1), got 1.0"),
         (["--lr-decay", "-1"], "--lr-decay must be at least 0, got -1.0"),
         (["--penalty-lambda", "0"], "--penalty-lambda must be greater than 0, got 0.0"),
+        (["--penalty-lambda", "inf"], "--penalty-lambda must be finite, got inf"),
         (["--scales"], "--scales needs at least one value"),
         (["--scales", "inf"], "--scales must be finite, got inf"),
         (["--pamr-dilations"], "--pamr-dilations needs at least one value"),

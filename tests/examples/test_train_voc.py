@@ -317,8 +317,14 @@ def test_the_best_epoch_makes_the_results(
     assert main(["--resume", str(tmp_path)]) == 0
     assert all(torch.equal(value, best[key]) for key, value in evaluated[-1].items())
     shutil.copy(tmp_path / "single_stage_003.pt", tmp_path / "single_stage_best.pt")
+    assert main(["--resume", str(tmp_path)]) == 0
+    assert all(torch.equal(value, best[key]) for key, value in evaluated[-1].items())
+    (tmp_path / "single_stage_002.pt").unlink()
     assert main(["--resume", str(tmp_path)]) == 1
-    assert "single_stage_best.pt is not of epoch 2, the best one of this run" in capsys.readouterr().err
+    assert "no checkpoint of epoch 2, the best one of this run" in capsys.readouterr().err
+    assert main(["--resume", str(tmp_path), "--checkpoint", "last"]) == 0
+    last = weights_of(tmp_path / "single_stage.pt")
+    assert all(torch.equal(value, last[key]) for key, value in evaluated[-1].items())
 
 
 def test_held_out_loss_needs_no_masks(toy_root: Path, tmp_path: Path) -> None:

@@ -108,13 +108,17 @@ class TrainingState:
 
     def load_best(self) -> None:
         """Load the weights of the best epoch into the network, if there is one."""
-        if self.best_epoch is not None:
-            self.accelerator.wait_for_everyone()
-            path = self.settings.output / f"{self.settings.model}_best.pt"
-            best = read_checkpoint(path)
-            if len(best["progress"]["history"]) != self.best_epoch:  # the run was resumed from an earlier epoch
-                raise CheckpointError(f"{path} is not of epoch {self.best_epoch}, the best one of this run")
-            self.result.load_state_dict(best["model"])
+        if self.settings.checkpoint != "best" or self.best_epoch is None:
+            return
+        self.accelerator.wait_for_everyone()
+        # `_best` is of a later epoch if the run was resumed from an earlier one.
+        for suffix in ("_best", f"_{self.best_epoch:03d}"):
+            path = self.settings.output / f"{self.settings.model}{suffix}.pt"
+            best = read_checkpoint(path) if path.is_file() else None
+            if best is not None and len(best["progress"]["history"]) == self.best_epoch:
+                self.result.load_state_dict(best["model"])
+                return
+        raise CheckpointError(f"no checkpoint of epoch {self.best_epoch}, the best one of this run: looked for {path}")
 
     def save(self, suffix: str = "") -> None:
         """Write a checkpoint into the output folder."""

@@ -22,8 +22,8 @@ constexpr int MAX_CHANNELS = 12, MAX_VECTORS = 4; // the largest tile of sums: c
 // Minimum work per thread: terms of sums in one iteration.
 constexpr int64_t GRAIN = 1 << 18;
 
-// As many images or chunks of channels are worked on at once as there are threads, if one table of each fits these
-// bytes, with the weights that the transpose copies. Each has two tables.
+// As many images or chunks of channels are worked on at once as there are threads, as long as their tables and the
+// weights that the transpose copies fit these bytes. Each has two tables, of which one is counted.
 constexpr int64_t SLOTS_BYTES = 24 << 20;
 constexpr int64_t MAX_SLOTS = 64;
 

@@ -179,6 +179,7 @@ def test_more_processes_than_images(dataset: VOCDataset, tmp_path: Path) -> None
     with mp.Manager() as manager:
         shared = manager.dict()
         mp.spawn(evaluate_with_another_process, (str(tmp_path / "store"), one, shared), nprocs=2)
+        assert sorted(shared.keys()) == [0, 1]
         for iou, average_precision in shared.values():
             torch.testing.assert_close(iou, expected.iou["ours"], equal_nan=True)
             torch.testing.assert_close(average_precision, expected.average_precision, equal_nan=True)

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from voc.dataset.errors import DataError
 from voc.dataset.images import read_mask
+from voc.inference import pipeline
 from voc.inference.outputs import Outputs, write_scores
-from voc.inference.pictures import read_picture
+from voc.inference.pictures import Picture, read_picture
+from voc.inference.pipeline import Pipeline, Work
 from voc.inference.segmenter import SoftMasks
 from voc.inference.sources import Source
 
@@ -66,3 +68,21 @@ def test_an_image_that_was_deleted(source: Source, tmp_path: Path) -> None:
     source.path.unlink()
     with pytest.raises(DataError, match="not found"):
         Outputs(tmp_path, ["masks"], {}).key(source)
+
+
+def test_a_file_that_is_replaced_while_it_is_read(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replaced(path: Path, max_pixels: int) -> Picture:
+        picture = read_picture(path, max_pixels)
+        Image.new("RGB", (7, 7)).save(path)
+        return picture
+
+    found = Outputs(tmp_path / "out", ["masks"], {})
+    found.make_folders()
+    before = found.key(source)
+    monkeypatch.setattr(pipeline, "read_picture", replaced)
+    work = Pipeline(None, 100, found, None, 1).read(source, None)  # type: ignore[arg-type]
+    assert isinstance(work, Work)
+    work.claim.release()
+    assert work.key == before != found.key(source)
