@@ -145,6 +145,8 @@ def table_8(arguments: Arguments, others: Sequence[str]) -> str:
     if not (second / "iou.csv").is_file():
         if not (second / "settings.json").is_file():
             settings = replace(run_settings(run), supervision="masks", masks=masks, data=arguments.data)
+            # A training on masks does not train the class scores, so no class is removed by its probability.
+            settings = replace(settings, min_probability=0.0, background_power=1.0)
             settings = replace(settings, output=second, checkpoint="last")
             second.mkdir(parents=True, exist_ok=True)
             write_text_whole(second / "settings.json", json.dumps(settings.to_json()))

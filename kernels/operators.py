@@ -200,9 +200,14 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Return whether an eager call maps the tensor by torch.vmap, or transforms it by another part of torch.func."""
+    return not is_traced() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def hides_values(tensor: Tensor) -> bool:
     """Return whether a tensor stands for values that Python cannot read: it is traced, or mapped by torch.vmap."""
-    return is_traced() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return is_traced() or is_mapped(tensor)
 
 
 def batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:

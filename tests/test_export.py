@@ -14,7 +14,8 @@ from voc.backbones.base import normalise
 from voc.model import SingleStageNet
 
 from tests.test_calls import LAYERS, each_layer
-from wsseg_layers import PAMR, PAR, PseudoLabels
+from wsseg_layers import PAMR, PAR, DenseCRF, DenseEnergyLoss, PseudoLabels
+from wsseg_layers.functional import cam_to_label
 
 DYNAMIC = getattr(torch.export.Dim, "DYNAMIC", None)
 needs_dynamic_sizes = pytest.mark.skipif(DYNAMIC is None, reason="this PyTorch has no Dim.DYNAMIC")
@@ -40,8 +41,43 @@ def test_export_with_dynamic_sizes(layer: str) -> None:
 def test_trace(layer: str) -> None:
     module, inputs = LAYERS[layer]
     traced = torch.jit.trace(module, inputs)
-    others = [torch.rand_like(x) for x in inputs]
-    torch.testing.assert_close(traced(*others), module(*others))
+    for batch in (2, 3):
+        others = [resized(x, batch, *x.shape[2:]) for x in inputs]
+        torch.testing.assert_close(traced(*others), module(*others))
+
+
+def energy_inputs(batch: int) -> tuple[Tensor, ...]:
+    """Return images, probabilities, regions and labels."""
+    maps = torch.rand(batch, 4, 10, 12).softmax(dim=1)
+    return 255 * torch.rand(batch, 3, 10, 12), maps, torch.ones(batch, 10, 12), torch.full((batch, 1, 10, 12), 255)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks
+@pytest.mark.parametrize("traced_batch", [1, 2])
+def test_trace_of_other_layers_with_another_batch(traced_batch: int) -> None:
+    def background(cams: Tensor) -> Tensor:
+        return cam_to_label(cams, torch.ones(cams.shape[:2]), cams.amax(dim=(1, 2, 3)) - 0.2)
+
+    energy = DenseEnergyLoss(1.0, 15, 100, 0.5)
+    for function, make in (
+        (energy, energy_inputs),
+        (DenseCRF(2), lambda batch: energy_inputs(batch)[:2]),
+        (background, lambda batch: (torch.rand(batch, 3, 6, 7),)),
+    ):
+        traced = torch.jit.trace(function, make(traced_batch), check_trace=False)
+        for batch in (1, 2, 5):
+            inputs = make(batch)
+            torch.testing.assert_close(traced(*inputs), function(*inputs))
+
+
+@needs_dynamic_sizes
+def test_export_of_the_energy_loss_with_a_dynamic_batch() -> None:
+    module = DenseEnergyLoss(1.0, 15, 100, 0.5)
+    sizes = tuple({0: DYNAMIC} for _ in range(4))
+    exported = torch.export.export(module, energy_inputs(2), dynamic_shapes=sizes).module()
+    for batch in (3, 5):
+        inputs = energy_inputs(batch)
+        torch.testing.assert_close(exported(*inputs), module(*inputs))
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks

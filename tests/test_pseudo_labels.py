@@ -782,3 +782,16 @@ def test_exception_of_the_constructor(arguments: dict[str, Any], error: type[Exc
 def test_exception_of_the_small_functions(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("max_classes", [None, 3])
+def test_labels_under_vmap(max_classes: int | None) -> None:
+    masks = torch.rand(3, 2, 5, 6, 7)
+    labels = (torch.rand(3, 2, 4) > 0.5).long()
+
+    def rule(one: Tensor, present: Tensor) -> Tensor:
+        return threshold_pseudo_labels(one, present, discard="none", max_classes=max_classes)
+
+    labels[..., 0] = 0  # no image has more than three classes
+    expected = torch.stack([rule(one, present) for one, present in zip(masks, labels, strict=True)])
+    assert torch.equal(torch.vmap(rule)(masks, labels), expected)

@@ -72,7 +72,7 @@ def _check_score(score: Score, cams: Tensor) -> Score:
         raise ValueError(f"background must be [B] or [B, 1, h, w] for cams {list(cams.shape)}, got {list(score.shape)}")
     if score.ndim == 4:
         check_pixels("background", score)
-    return score.detach().reshape(len(score), 1, 1, *(score.shape[2:] if score.ndim == 4 else (1, 1)))
+    return score.detach().reshape(score.shape[0], 1, 1, *(score.shape[2:] if score.ndim == 4 else (1, 1)))
 
 
 def has_pixels(score: Score) -> bool:

@@ -96,7 +96,7 @@ def multi_scale_cam(
         cams = model(inputs)
         check_maps("the result of model", cams)
         check_pixels("the result of model", cams)
-        if len(cams) != len(inputs):
+        if cams.shape[0] != inputs.shape[0]:
             raise ValueError(
                 f"model must return CAMs for {len(inputs)} images{', half of them mirrored' if flip else ''},"
                 f" got shape {list(cams.shape)}"

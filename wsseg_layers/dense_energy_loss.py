@@ -101,7 +101,8 @@ def dense_energy_loss(
     if not is_traced():  # torch.compile has no second derivatives
         # This term is 0, and so is its gradient. It adds the second derivative of S * similar.
         energy = energy + _multiply_zeros(probabilities - constant, similar - similar.detach())
-    return -energy.sum() / max(1, len(images))
+    # Not len(images): torch.jit.trace and torch.export would keep it, and max(1, size) keeps a traced batch of 1.
+    return -energy.sum() / max(images.shape[0], 1)
 
 
 def _multiply_zeros(x: Tensor, y: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ def pamr(
         resize: what is resized (bilinearly, corners aligned) if the sizes differ: "mask" to the size of the image,
             "image" to the size of the masks, or "none" to make it an error.
         backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.pamr_propagate`.
-        affinity_dtype: dtype in which the weights are stored. float16 halves their memory; each weight then has a
-            relative error of at most 2^-11, or an absolute one of 3e-8 if it is below 6e-5.
+        affinity_dtype: dtype in which the weights are stored. float16 halves the memory of weights that
+            are kept. Each weight then has a relative error of at most 2^-11, or an absolute one of 3e-8 below 6e-5.
         classes: bool, [B, C], or [B * V, C] for V masks per image: the channels to refine, such as the classes in an
             image-level label and the background. The others cost no iterations.
         absent: the result in channels that are not in `classes`: "zero", or "keep" for the given masks.

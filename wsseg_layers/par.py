@@ -68,8 +68,8 @@ def par(
         w1: factor of sigma in both terms, positive.
         w2: factor of the position term, at least 0; 0 leaves the colour term alone.
         guard: added to sigma, at least 0. With 0, the weights are NaN where the image is flat.
-        affinity_dtype: dtype in which the weights are stored. float16 halves their memory; each weight then has a
-            relative error of at most 2^-11, or an absolute one of 3e-8 if it is below 6e-5.
+        affinity_dtype: dtype in which the weights are stored. float16 halves the memory of weights that
+            are kept. Each weight then has a relative error of at most 2^-11, or an absolute one of 3e-8 below 6e-5.
         classes: bool, [B, C], or [B * V, C] for V masks per image: the channels to refine, such as the classes in an
             image-level label and the background. The others cost no iterations.
         absent: the result in channels that are not in `classes`: "zero", or "keep" for the given masks.

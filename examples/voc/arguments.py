@@ -16,7 +16,7 @@ from .settings import Settings
 def parse_arguments(argv: Sequence[str] | None) -> Settings:
     """Read the command line. Defaults come from the run to be resumed, or else from the preset."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--preset", choices=PRESETS)
+    peek.add_argument("--preset", choices=("auto", *PRESETS), default="auto")
     peek.add_argument("--backbone", choices=BACKBONES)
     peek.add_argument("--data")
     peek.add_argument("--resume", type=Path)
@@ -24,8 +24,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Settings:
     if chosen.resume is not None:
         default = resumed_settings(chosen.resume)
     else:
-        preset = chosen.preset or ("toy" if chosen.data is None else "photographs")
-        default = preset_settings(preset, chosen.backbone)
+        automatic = "toy" if chosen.data is None else "photographs"
+        default = preset_settings(automatic if chosen.preset == "auto" else chosen.preset, chosen.backbone)
     return tyro.cli(Settings, default=default, args=argv)
 
 

@@ -125,7 +125,8 @@ class Settings:
     """Passes over the training images (20 in the paper)."""
 
     classification_epochs: int = 5
-    """Number of epochs at the start without segmentation loss (5 in the paper)."""
+    """Number of epochs at the start without segmentation loss (5 in the paper). Without later epochs, there is no
+    self-supervision."""
 
     batch_size: int = 16
     """Images per step, over all processes (16 in the paper)."""
@@ -217,6 +218,8 @@ class Settings:
         check_ranges(vars(self))
         if self.masks is not None and self.supervision != "masks":
             raise ValueError("--masks is for --supervision masks, which is not given")
+        if self.supervision == "masks" and self.model == "cam":
+            raise ValueError("--supervision masks is for --model single_stage: CAM-GAP is trained from labels")
         if not 0 <= self.mixing_rate < 1:
             raise ValueError(f"--mixing-rate must be in [0, 1), got {self.mixing_rate}")
         if not self.ema_decay < 1:

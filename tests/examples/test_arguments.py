@@ -55,6 +55,7 @@ def test_errors_are_one_line_with_exit_code_2(
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (["--seed", "4294967296"], "--seed must be at most 4294967295, got 4294967296"),
         (["--min-probability", "2"], "--min-probability must be at most 1, got 2.0"),
+        (["--supervision", "masks", "--model", "cam"], "--supervision masks is for --model single_stage"),
         (["--masks", "."], "--masks is for --supervision masks, which is not given"),
     ],
 )
@@ -72,6 +73,7 @@ def test_presets() -> None:
     assert [one.lr for one in settings_per_network(PRESETS["toy"])] == [PRESETS["toy"].baseline_lr, PRESETS["toy"].lr]
     assert [one.lr for one in settings_per_network(PRESETS["photographs"])] == 2 * [PRESETS["photographs"].lr]
     assert parse_arguments(["--data", "x"]).crop_size == PRESETS["photographs"].crop_size
+    assert parse_arguments(["--data", "x", "--preset", "auto"]) == parse_arguments(["--data", "x"])
     assert parse_arguments(["--preset", "paper", "--data=x", "--epochs", "3"]).crop_size == 321
     paper = PRESETS["paper"]
     assert parse_arguments([]).loss == parse_arguments(["--data", "x"]).loss == "paper"

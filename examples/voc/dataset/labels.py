@@ -27,7 +27,11 @@ def find_labels(
         return labels_from_file(labels_file, names, classes)
     if (root / "Annotations").is_dir():
         return labels_from_annotations(root / "Annotations", names, classes)
-    return labels_from_masks(find_masks(root, names, masks_folder), classes)
+    try:
+        masks = find_masks(root, names, masks_folder)
+    except DataError as error:
+        raise DataError(f"no image-level labels: {error} (or give --labels FILE)") from error
+    return labels_from_masks(masks, classes)
 
 
 def labels_from_file(path: Path, names: Sequence[str], classes: Sequence[str]) -> tuple[frozenset[int], ...]:

@@ -87,6 +87,12 @@ def image_name(entry: str) -> str:
     return next((name[: -len(suffix)] for suffix in IMAGE_SUFFIXES if name.lower().endswith(suffix)), name)
 
 
+def image_candidates(root: Path, name: str) -> list[Path]:
+    """Return the paths at which the image of a name may be. Some cameras write suffixes in capitals."""
+    suffixes = (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))
+    return [root / "JPEGImages" / f"{name}{suffix}" for suffix in suffixes]
+
+
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a text file that are not blank; a file without such lines is an error."""
     try:
@@ -102,7 +108,7 @@ def find_images(root: Path, names: Sequence[str]) -> tuple[Path, ...]:
     """Return the image files of `names`; the header of each is read, to see that it is an image."""
     paths = []
     for name in names:
-        candidates = [root / "JPEGImages" / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES]
+        candidates = image_candidates(root, name)
         path = first_file(candidates)
         if path is None:
             raise DataError(f"image not found: looked for {candidates[0]} (or {', '.join(IMAGE_SUFFIXES[1:])})")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import DataError
-from .images import FORMATS, read_image, read_mask_upright
+from .images import FORMATS, read_image, read_mask_upright, turn_upright
 from .labels import find_labels, labels_from_masks
 from .layout import MASK_FOLDERS, find_images, find_masks, first_file
 
@@ -88,9 +88,10 @@ def check_masks(images: Sequence[Path], masks: Sequence[Path], classes: Sequence
     for image, mask in zip(images, masks, strict=True):
         with Image.open(image, formats=FORMATS) as opened_image, Image.open(mask, formats=FORMATS) as opened_mask:
             if opened_image.size != opened_mask.size:
+                as_stored = "" if turn_upright(opened_image) is None else " as stored, before its EXIF orientation"
                 raise DataError(
                     f"mask {mask} is {opened_mask.size[0]}x{opened_mask.size[1]}, "
-                    f"but its image {image} is {opened_image.size[0]}x{opened_image.size[1]}"
+                    f"but its image {image} is {opened_image.size[0]}x{opened_image.size[1]}{as_stored}"
                 )
     return labels
 

@@ -6,7 +6,15 @@ from typing import NamedTuple
 
 from ..dataset.errors import DataError
 from ..dataset.labels import find_labels, labels_from_file
-from ..dataset.layout import IMAGE_SUFFIXES, SPLIT_FOLDER, first_file, read_classes, read_lines, read_split
+from ..dataset.layout import (
+    IMAGE_SUFFIXES,
+    SPLIT_FOLDER,
+    first_file,
+    image_candidates,
+    read_classes,
+    read_lines,
+    read_split,
+)
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
@@ -42,7 +50,7 @@ def split_sources(root: Path, split: str) -> list[Source]:
     for name in names:
         if Path(name).name != name or "\\" in name:  # on Windows, / is not the only separator
             raise DataError(f"split {split_file}: {name!r} is not the name of a file")
-    candidates = [[root / "JPEGImages" / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES] for name in names]
+    candidates = [image_candidates(root, name) for name in names]
     return [Source(name, first_file(paths) or paths[0]) for name, paths in zip(names, candidates, strict=True)]
 
 

@@ -12,6 +12,7 @@ from voc.dataset.images import read_mask, save_mask, voc_palette
 from voc.dataset.layout import VOC_CLASSES, read_classes, read_split
 from voc.dataset.splits import VOCDataset, load_split, load_split_with_masks
 from voc.dataset.transforms import TrainTransform
+from voc.inference.sources import split_sources
 
 
 def annotation(*names: str) -> str:
@@ -212,6 +213,27 @@ def test_mask_of_another_size(root: Path) -> None:
     save_mask(root / "SegmentationClass/c.png", np.zeros((4, 7), np.uint8))
     with pytest.raises(DataError, match="is 7x4, but its image"):
         check_everything(root)
+
+
+def test_mask_of_a_turned_image_that_is_drawn_upright(root: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(root / "JPEGImages/c.jpg", exif=exif)
+    save_mask(root / "SegmentationClass/c.png", np.zeros((6, 4), np.uint8))
+    with pytest.raises(DataError, match=r"c.jpg is 6x4 as stored, before its EXIF orientation"):
+        check_everything(root)
+
+
+def test_suffixes_in_capitals(root: Path) -> None:
+    (root / "JPEGImages/a.jpg").rename(root / "JPEGImages/a.JPG")
+    assert load_split(root, ["a", "b"], VOC_CLASSES).images[0].name == "a.JPG"
+    assert [source.path.name for source in split_sources(root, "train")] == ["a.JPG", "b.jpg"]
+
+
+def test_neither_labels_nor_masks(root: Path) -> None:
+    (root / "SegmentationClass/b.png").unlink()
+    with pytest.raises(DataError, match=r"no image-level labels: mask not found: .*b.png \(or give --labels FILE\)"):
+        load_split(root, ["a", "b"], VOC_CLASSES)
 
 
 def test_mask_in_colour(root: Path) -> None:
