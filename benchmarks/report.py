@@ -97,12 +97,14 @@ def readme_text(rows: Sequence[Row]) -> str:
             sentences.append(f"The published form of {title} takes {ratios(published)} times as long as ours.")
     compiled_pairs = [(peer, group[0]) for group in groups if (peer := fastest_compiled(group))]
     if compiled_pairs:
-        sentences.append(f"The fastest form that `torch.compile` makes takes {ratios(compiled_pairs)} times as long.")
+        sentences.append(
+            f"The fastest form of PAMR that `torch.compile` makes takes {ratios(compiled_pairs)} times\nas long as ours."
+        )
     if columns.has_kept:
         sentences.append(
-            '"Memory kept" is a process that keeps the memory that is freed. "Default" is the allocator of the C'
-            "\nlibrary as it is: with 21 classes, PAMR and PAR as published then spend most of their time on memory"
-            "\nthat is returned to the system and requested again."
+            'In the columns "memory kept", the process keeps freed memory for later calls. In the columns "default",'
+            "\nthe C library returns it to the system. With 21 classes, the published PAMR and PAR then spend most of"
+            "\ntheir time on memory that is returned and requested again."
         )
     else:
         sentences.append(
