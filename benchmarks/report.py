@@ -98,7 +98,8 @@ def readme_text(rows: Sequence[Row]) -> str:
     compiled_pairs = [(peer, group[0]) for group in groups if (peer := fastest_compiled(group))]
     if compiled_pairs:
         sentences.append(
-            f"The fastest form of PAMR that `torch.compile` makes takes {ratios(compiled_pairs)} times\nas long as ours."
+            f"The fastest form of PAMR that `torch.compile` makes takes {ratios(compiled_pairs)} times"
+            "\nas long as ours."
         )
     if columns.has_kept:
         sentences.append(
