@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -32,3 +33,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Seed what a module draws while it is imported: PyTorch's first seed differs from process to process."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    """Restore the number of threads, also after a failure."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

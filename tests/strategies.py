@@ -1,7 +1,8 @@
-"""What hypothesis draws: shapes, dtypes, memory layouts and tensors; and how close a result must be."""
+"""What hypothesis draws: shapes, dtypes, memory layouts and tensors; how close a result must be; the backends."""
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,7 +20,7 @@ TOLERANCES = {
 DTYPES = tuple(TOLERANCES)
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced")
 
-# Where no C++ compiler is, its tests say so in kernels/test_cpp.py.
+needs_compiler = pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
 CPU_BACKENDS: tuple[BackendName, ...] = ("cpp", "eager") if library.load() else ("eager",)
 
 backends = st.sampled_from(CPU_BACKENDS)

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
@@ -66,8 +67,7 @@ def test_the_tree_names_files_that_exist() -> None:
     tree = PAGE.read_text(encoding="utf-8").split("```text\n")[1].split("```")[0]
     folder = ROOT
     for line in tree.splitlines():
-        names = re.findall(r"[\w.]+(?:\.py|/)", line[:24] if not line.startswith("  ng") else line)
-        for name in names:
+        for name in takewhile(lambda word: word.endswith((".py", "/")), line.split()):
             if not line.startswith(" "):
                 folder = ROOT / name
             known = (folder / name, ROOT / name, ROOT / "kernels" / "backends" / name)
@@ -88,7 +88,6 @@ def test_no_circular_imports() -> None:
 def test_backends_know_nothing_of_the_operators() -> None:
     for path in (ROOT / "kernels" / "backends").rglob("*.py"):
         assert "wsseg_layers.kernels.operators" not in imported(path)
-        assert "operators" not in path.read_text(encoding="utf-8").split('"""', 2)[2].split("import")[0]
 
 
 def test_the_operators_name_no_backend() -> None:

@@ -1,6 +1,7 @@
 """Memory after many steps, and calls from several threads and processes at once."""
 
 import gc
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ STEPS: dict[str, tuple[Callable[..., Tensor], int]] = {
 
 def resident_mib() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory as Linux reports it")

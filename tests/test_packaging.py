@@ -77,7 +77,8 @@ def test_holds_the_library_and_its_kernels_and_nothing_else(wheel: Path) -> None
     shipped = {name for name in names if ".dist-info/" not in name}
     library = {f"wsseg_layers/{path.name}" for path in (ROOT / "wsseg_layers").glob("*.py")}
     kernels = {
-        f"wsseg_layers/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")
+        f"wsseg_layers/kernels/{path.relative_to(ROOT / 'kernels').as_posix()}"
+        for path in (ROOT / "kernels").rglob("*.py")
     }
     assert library
     assert kernels

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -60,7 +60,6 @@ def test_cardinality(channels: int, image_size: tuple[int, int], mask_size: tupl
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @given(map_shapes(), st.integers(1, 4), st.integers(0, 3), dilation_lists, dtypes, layouts, layouts, seeds)
-@settings(max_examples=25)
 def test_reference(
     device: torch.device,
     variant: VariantName,

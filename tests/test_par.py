@@ -5,7 +5,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor, nn
 
 from tests import reference
@@ -44,7 +44,6 @@ def test_cardinality(channels: int, imgs_size: tuple[int, int], masks_size: tupl
 
 
 @given(map_shapes(), st.integers(1, 4), st.integers(0, 3), dilation_lists, dtypes, layouts, layouts, seeds)
-@settings(max_examples=25)
 def test_reference(
     device: torch.device,
     shape: tuple[int, ...],

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -102,7 +102,6 @@ sizes = st.tuples(st.integers(2, 8), st.integers(2, 8))
 
 
 @given(st.integers(1, 3), st.integers(1, 4), sizes, sizes, kinds, refinements, st.booleans(), st.booleans(), seeds)
-@settings(max_examples=40)
 def test_reference(
     batch: int,
     classes: int,

@@ -50,7 +50,6 @@ def coarse_masks(areas: Tensor) -> Tensor:
 def assert_equal_results(image: Tensor, scores: Tensor, num_iter: int = 10) -> None:
     theirs, ours = pydensecrf(image, scores, num_iter), DenseCRF(num_iter)(image, scores)
     assert (ours.argmax(dim=1) == theirs.argmax(dim=1)).float().mean() >= 0.995
-    assert (ours - theirs).abs().mean() <= 1e-2
     # It uses the same lattice, so that only the order of sums differs.
     assert (ours - theirs).abs().mean() <= 1e-4
 

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -13,14 +13,13 @@ from hypothesis import given, settings
 
 from tests import reference
 from tests.forked import run_and_fork
-from tests.strategies import assert_close, exact, layouts, seeds, uniform
+from tests.strategies import assert_close, exact, layouts, needs_compiler, seeds, uniform
 from wsseg_layers.kernels import VARIANTS, VariantName, pamr_affinity, pamr_propagate
 from wsseg_layers.kernels.backends import cpp
 from wsseg_layers.kernels.backends.cpp import interface, library
 
 Propagate = Callable[..., torch.Tensor]
 
-needs_compiler = pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
 
 CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]
 # A register holds 2 to 16 pixels, a block of the affinity 8 to 32; at most 12 channels are summed together.
@@ -159,13 +158,6 @@ def test_the_largest_dilations_are_clamped() -> None:
     for function in (cpp.propagate, cpp.propagate_transposed):
         far, near = (function(mask, affinity, [1, d], 3) for d in (2**31 - 1, 7))
         assert torch.equal(far, near)
-
-
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @needs_compiler

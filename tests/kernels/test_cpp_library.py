@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.strategies import needs_compiler
 from wsseg_layers.kernels import available_backends, backends, bilateral_filter, pamr_affinity, pamr_propagate
 from wsseg_layers.kernels.backends.cpp import library
-
-needs_compiler = pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
 
 AGAIN = r"every process compiles the C\+\+ again: "
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -17,13 +16,21 @@ from torch.library import opcheck
 from tests import reference
 from tests.forked import run_and_fork
 from tests.kernels import toy_backend
-from tests.strategies import CPU_BACKENDS, assert_close, dtypes, exact, layouts, map_shapes, seeds, uniform
+from tests.strategies import (
+    CPU_BACKENDS,
+    assert_close,
+    dtypes,
+    exact,
+    layouts,
+    map_shapes,
+    needs_compiler,
+    seeds,
+    uniform,
+)
 from wsseg_layers.kernels import BackendName, backends, bilateral_filter
-from wsseg_layers.kernels.backends.cpp import lattice, library
+from wsseg_layers.kernels.backends.cpp import lattice
 from wsseg_layers.kernels.filters import mean_field
 from wsseg_layers.kernels.gaussians import Gaussian
-
-needs_compiler = pytest.mark.skipif(library.load() is None, reason="no C++ compiler")
 
 few = settings(max_examples=15)
 filters = st.tuples(st.booleans(), st.sampled_from([0.7, 2.3, 11.0]), st.sampled_from([0.05, 0.3, 2.0]), st.booleans())
@@ -107,13 +114,6 @@ def test_result_is_the_same_for_any_number_of_threads() -> None:
     for ours in (sums, marginals):
         assert torch.equal(ours[0], ours[1])
         assert torch.equal(ours[0], ours[2])
-
-
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @needs_compiler

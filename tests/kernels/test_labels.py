@@ -73,15 +73,14 @@ def test_the_first_of_equal_channels_wins_and_nan_is_never_exceeded() -> None:
     assert labels.tolist() == [[[[0, 5, 0, 0]]]]
 
 
+@pytest.mark.usefixtures("_threads")
 def test_threads_change_nothing() -> None:
     maps = torch.rand(2, 4, 2, 100, 90)
     numbers, counts = torch.tensor([[1, 2, 3]] * 2), torch.tensor([3, 1])
-    before = torch.get_num_threads()
     results = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
         results.append((cpp.resize(maps, (301, 222)), cpp.choose_labels(maps, numbers, counts, 2, (301, 222), 255)))
-    torch.set_num_threads(before)
     assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
 
 

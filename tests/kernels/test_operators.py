@@ -12,7 +12,16 @@ from torch.library import opcheck
 
 from tests.strategies import CPU_BACKENDS
 from wsseg_layers import kernels
-from wsseg_layers.kernels import BackendName, VariantName, backends, operators, pamr_affinity, pamr_propagate, variants
+from wsseg_layers.kernels import (
+    BackendName,
+    VariantName,
+    backends,
+    filters,
+    operators,
+    pamr_affinity,
+    pamr_propagate,
+    variants,
+)
 from wsseg_layers.kernels.backends import BACKENDS, find_backend
 
 SHAPES = [(2, 6, 7, 5), (1, 1, 1, 1), (0, 2, 4, 3), (1, 2, 9, 1)]
@@ -167,19 +176,6 @@ def test_the_list_of_backends_names_the_reasons(monkeypatch: pytest.MonkeyPatch)
     assert rows["eager"] == ("eager", True, None)
 
 
-def test_import_needs_no_triton() -> None:
-    code = "import sys; sys.modules['triton'] = None; import wsseg_layers.kernels"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_import_leaves_triton_alone() -> None:
-    code = """import sys, torch
-before = "triton" in sys.modules
-import wsseg_layers.kernels
-assert ("triton" in sys.modules) == before"""
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_the_first_call_imports_nothing_of_torch() -> None:
     # torch._dynamo alone takes 2 s to import, and torch.onnx 0.1 s.
     code = """import sys, torch
@@ -194,7 +190,7 @@ assert not [name for name in set(sys.modules) - before if name.startswith("torch
 
 def test_examples_in_the_docstrings() -> None:
     # Not by pytest --doctest-modules: it would import kernels/ under a second name and register the operators twice.
-    for module in (operators, backends, variants):
+    for module in (operators, filters, backends, variants):
         failures, examples = doctest.testmod(module)
         assert examples > 0
         assert failures == 0

@@ -43,6 +43,14 @@ targets = pytest.mark.parametrize(
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Write nothing into the home folder, which may be read-only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
 def skip_old() -> None:
     """Skip the rest of a test, which has compiled a kernel."""
     if OLD:
