@@ -94,7 +94,7 @@ def page(ablation: Ablation, data: Path, command: str, results: Results) -> str:
 {trained_on(data)} Each row is the preset `photographs` with one ingredient changed.
 
 Mean IoU in percent over {len(class_rows)} classes on {num_val} validation images, seeds: {seeds}. In brackets: the
-difference from the preset. Several seeds give the mean ± the standard deviation.
+difference from the preset. {about_seeds(ablation)}
 {about_the_data(ablation)}
 
 {ablation_table(ablation, class_rows, results)}{missing_rows(results)}
@@ -111,6 +111,13 @@ The power of the background's mask and the lowest probability of a class are cho
 
 {choice_table(ablation, results)}
 """
+
+
+def about_seeds(ablation: Ablation) -> str:
+    """Return a sentence about the spread over seeds."""
+    if len(ablation.seeds) > 1:
+        return "The table has the mean ± the standard deviation."
+    return "The table of VOC animals has the spread over\nseeds: smaller differences mean nothing."
 
 
 def ablation_table(ablation: Ablation, class_rows: Sequence[int], results: Results) -> str:
