@@ -85,17 +85,19 @@ def page(ablation: Ablation, data: Path, command: str, results: Results) -> str:
     class_rows = [classes.index(name) for name in ablation.table_classes]
     num_train, num_val = (len(read_split(data, split)) for split in ("train", "val"))
     seeds = ", ".join(map(str, ablation.seeds))
+    about = (
+        f"Mean IoU in percent over {len(class_rows)} classes on {num_val} validation images, seeds: {seeds}."
+        f" In brackets: the difference from the preset. {about_seeds(ablation)} {about_the_data(ablation)}"
+    )
     return f"""# VOC animals: ingredients
 
-    python benchmarks/{command}
+{command}
 
 {places(results)}
 
 {trained_on(data)} Each row is the preset `photographs` with one ingredient changed.
 
-Mean IoU in percent over {len(class_rows)} classes on {num_val} validation images, seeds: {seeds}. In brackets: the
-difference from the preset. {about_seeds(ablation)}
-{about_the_data(ablation)}
+{textwrap.fill(about, 120)}
 
 {ablation_table(ablation, class_rows, results)}{missing_rows(results)}
 
@@ -106,8 +108,9 @@ The arguments of train_voc.py:
 ## Choices
 
 The power of the background's mask and the lowest probability of a class are chosen for each row on the masks of the
-{num_train} images of the split `train`, from {numbers(OURS.grid.backgrounds)} and from
-{numbers(OURS.grid.min_probabilities)}. Classes: `own` are chosen by the network, `given` are those of the labels.
+{num_train} images of the split `train`. The powers are {numbers(OURS.grid.backgrounds)}, the
+probabilities {numbers(OURS.grid.min_probabilities)}. Classes: `own` are chosen by the network, `given`
+are those of the labels.
 
 {choice_table(ablation, results)}
 """
@@ -117,7 +120,7 @@ def about_seeds(ablation: Ablation) -> str:
     """Return a sentence about the spread over seeds."""
     if len(ablation.seeds) > 1:
         return "The table has the mean ± the standard deviation."
-    return "The table of VOC animals has the spread over\nseeds: smaller differences mean nothing."
+    return "The table of VOC animals has the spread over seeds: smaller differences mean nothing."
 
 
 def ablation_table(ablation: Ablation, class_rows: Sequence[int], results: Results) -> str:

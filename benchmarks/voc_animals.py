@@ -107,7 +107,7 @@ def page(comparison: Comparison, data: Path, command: str, results: Results) -> 
     num_train, num_val = (len(read_split(data, split)) for split in ("train", "val"))
     return f"""# VOC animals
 
-    python benchmarks/{command}
+{command}
 
 {places(results)}
 

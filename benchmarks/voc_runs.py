@@ -137,8 +137,8 @@ def make_page(
         description: the text of its help.
         kind: its arguments after VOC_ROOT.
         choose_rows: returns the rows of the table.
-        write: returns the text of the page, from the arguments, the root of the data, the command after the
-            file name, and the results.
+        write: returns the text of the page, from the arguments, the root of the data, the command as a block of
+            code, and the results.
         argv: the command line, default `sys.argv[1:]`.
     """
     given = list(sys.argv[1:] if argv is None else argv)
@@ -154,8 +154,8 @@ def make_page(
             for name, method in rows.items()
         }
         named = [re.sub(rf"(^|=){re.escape(str(data))}(?=/|$)", r"\1VOC_ROOT", one) for one in given]
-        command = shlex.join([program, *([] if runs.smoke else ["VOC_ROOT"]), *named])
-        text = write(runs, data, command, results)
+        words = ["python", f"benchmarks/{program}", *([] if runs.smoke else ["VOC_ROOT"]), *named]
+        text = write(runs, data, code_block(words), results)
         runs.page.parent.mkdir(parents=True, exist_ok=True)
         write_text_whole(runs.page, text)
     except Unfinished as stop:
@@ -168,6 +168,16 @@ def make_page(
         return 130
     print(f"\n{text}\n{runs.page}")
     return 0
+
+
+def code_block(words: Sequence[str]) -> str:
+    """Return a command as an indented block of Markdown; a word does not break."""
+    lines = [""]
+    for word in map(shlex.quote, words):
+        if len(lines[-1]) + len(word) > 105:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return textwrap.indent(" \\\n  ".join(lines), "    ")
 
 
 def prepare(runs: RunsT, root: Path | None, others: Sequence[str]) -> tuple[RunsT, Path, list[str]]:
