@@ -225,10 +225,8 @@ class Settings:
         if not self.ema_decay < 1:
             raise ValueError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
         if not self.penalty_lambda > 0:
-            raise ValueError(
-                f"--penalty-lambda must be greater than 0, got {self.penalty_lambda}; "
-                "--no-size-penalty trains without the penalty"
-            )
+            hint = "--no-size-penalty trains without the penalty"
+            raise ValueError(f"--penalty-lambda must be greater than 0, got {self.penalty_lambda}; {hint}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings in types that JSON knows."""
