@@ -142,7 +142,7 @@ def heading(files: Sequence[Path]) -> str:
     busy = f"load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else "load unknown"
     capability = torch.backends.cpu.get_cpu_capability()
     return (
-        f"`python -m benchmarks.dense_crf`, {date.today()}, {cpu_model()}, {capability}, {cores} cores,"
+        f"`python -m benchmarks.dense_crf VOC_ROOT`, {date.today()}, {cpu_model()}, {capability}, {cores} cores,"
         f" {busy}.\n{versions}. {len(files)} photographs, scaled to the sizes below."
     )
 

@@ -28,7 +28,7 @@ from train_voc import main as train_main
 from voc.arguments import check_same_run, parse_arguments
 from voc.checkpoints import load_trained
 from voc.dataset.labels import find_labels
-from voc.dataset.layout import class_indices, read_classes, read_split
+from voc.dataset.layout import TRAINING_SPLITS, class_indices, read_classes, read_split
 from voc.dataset.splits import VOCDataset, load_split_with_masks
 from voc.dataset.toy import toy_voc
 from voc.devices import choose_device
@@ -50,8 +50,6 @@ MIN_PROBABILITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 # They do not change what is trained, and the protocol does not use them.
 FREE_SETTINGS = ("resume", "device", "workers", "refine", "background_power", "min_probability")
-
-TRAINED_ON = ("train_aug", "train")  # the first of these splits that there is
 
 # A training that takes seconds.
 SMOKE = shlex.split(
@@ -289,7 +287,7 @@ def settings_of_training(settings: Settings) -> dict[str, Any]:
 
 def fingerprint(data: Path, labels: Path | None) -> str:
     """Return a hash of the names of all images of a run, and of the image-level labels if they are in a file."""
-    content = [repr(read_split(data, *split)) for split in (TRAINED_ON, ("train",), ("val",))]
+    content = [repr(read_split(data, *split)) for split in (TRAINING_SPLITS, ("train",), ("val",))]
     if labels is not None:
         content.append(labels.read_text())
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
@@ -347,7 +345,7 @@ def places(results: Results) -> str:
 
 def trained_on(data: Path) -> str:
     """Return a sentence about the images of the trainings."""
-    return f"Every network is trained on {len(read_split(data, *TRAINED_ON)):,} images."
+    return f"Every network is trained on {len(read_split(data, *TRAINING_SPLITS)):,} images."
 
 
 def about_the_data(runs: Runs) -> str:

@@ -58,8 +58,12 @@ INGREDIENTS: Rows = {
     "loss of the published code": ["--loss", "published"],
     # The energy is a sum over pairs of pixels: larger crops need a smaller weight.
     "crops of 257 in self-supervision, energy loss of 0.6": [
-        *("--crop-size", "257", "--classification-crop-size", "193"),
-        *("--energy-loss", "0.6"),
+        "--crop-size",
+        "257",
+        "--classification-crop-size",
+        "193",
+        "--energy-loss",
+        "0.6",
     ],
 }
 
@@ -132,10 +136,9 @@ def fill_table(ablation: Ablation, others: Sequence[str]) -> int:
     }
     settings = {name: parse_arguments(row) for name, row in rows.items()}  # stops at a wrong argument
     for name, one in settings.items():
-        if (one.output / "settings.json").is_file():
-            check_same_run(one.output, one, FREE_SETTINGS)
         command = [sys.executable, str(TRAIN), *rows[name]]
         if (one.output / "settings.json").is_file():
+            check_same_run(one.output, one, FREE_SETTINGS)
             command += ["--resume", str(one.output)]
         if ablation.dry_run:
             print(shlex.join(command))

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from voc.arguments import parse_arguments
+from voc.arguments import parse_arguments, resumed_folder
 from voc.backbones import normalise
 from voc.checkpoints import CheckpointError
 from voc.dataset.errors import DataError
@@ -116,9 +116,7 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
 
 def goes_on_in_place(settings: Settings) -> bool:
     """Return whether the run is resumed in its own folder."""
-    resume = settings.resume
-    folder = resume if resume is None or resume.is_dir() else resume.parent
-    return folder is not None and folder.resolve() == settings.output.resolve()
+    return settings.resume is not None and resumed_folder(settings.resume).resolve() == settings.output.resolve()
 
 
 def settings_per_network(settings: Settings) -> list[Settings]:

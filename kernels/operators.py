@@ -201,8 +201,8 @@ def is_traced() -> bool:
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Return whether an eager call maps the tensor by torch.vmap, or transforms it by another part of torch.func."""
-    return not is_traced() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Return whether torch.vmap, or another part of torch.func, has wrapped a tensor; not for traced calls."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def hides_values(tensor: Tensor) -> bool:

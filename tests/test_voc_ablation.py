@@ -59,8 +59,9 @@ def test_the_whole_ablation(tmp_path: Path) -> None:
     arguments += ["--rows", "no PAMR", "--output", str(tmp_path)]
     assert voc_ablation.main(arguments) == 0
     text = (tmp_path / "voc_ablation.md").read_text()
+    command = text.split("\n\n")[1].replace("\\\n", " ")
+    assert shlex.split(command) == ["python", "benchmarks/voc_ablation.py", *arguments]
     for expected in (
-        "    python benchmarks/voc_ablation.py --smoke --seeds 3 ",
         "2 validation images, seeds: 3",
         "8 images of the split `train`",
         "| no PAMR | `--pamr-iterations 0` |",

@@ -302,10 +302,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_whole_comparison(finished: Path) -> None:
     text = (finished / "voc_animals.md").read_text()
+    command = text.split("\n\n")[1].replace("\\\n", " ")
+    assert shlex.split(command) == ["python", "benchmarks/voc_animals.py", *QUICK, "--output", str(finished)]
     unwrapped = " ".join(text.split())  # lines break where names of processors and versions are long
     for expected in (
-        "    python benchmarks/voc_animals.py --smoke --seeds 3 ",
-        str(finished),
         cpu_model(),
         f"torch {torch.__version__}",
         date.today().strftime("%Y-"),

@@ -18,7 +18,7 @@ from ._checks import (
     check_pixels,
     check_same_device,
 )
-from .kernels.operators import check_backend, hides_values, is_mapped
+from .kernels.operators import check_backend, hides_values, is_mapped, is_traced
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 Resize = Literal["mask", "image", "none"]
@@ -144,7 +144,7 @@ def present_first(classes: Tensor, max_classes: int | None = None) -> tuple[Tens
                 f"max_classes must be at least {largest}, the number of classes of an image, got {max_classes}"
             )
         return index[:, : max(1, largest)], counts
-    if max_classes is not None and max_classes < classes.shape[1] and not is_mapped(counts):
+    if max_classes is not None and max_classes < classes.shape[1] and (is_traced() or not is_mapped(counts)):
         torch._assert_async((counts <= max_classes).all(), "max_classes is exceeded by the classes of an image")
         index = index[:, :max_classes]
     return index, counts

@@ -33,11 +33,16 @@ def resumed_settings(resume: Path) -> Settings:
     """Return the settings of the run in a folder, or of the run to which a checkpoint belongs."""
     if not resume.exists():
         raise ValueError(f"--resume: no run to resume: looked for {resume}")
-    folder = resume if resume.is_dir() else resume.parent
+    folder = resumed_folder(resume)
     try:
         return replace(run_settings(folder), output=folder, resume=resume)
     except ValueError as error:
         raise ValueError(f"--resume: {error}") from error
+
+
+def resumed_folder(resume: Path) -> Path:
+    """Return the folder of the run to resume: `resume` is this folder or one of its checkpoints."""
+    return resume.parent if resume.is_file() else resume
 
 
 def run_settings(folder: Path) -> Settings:

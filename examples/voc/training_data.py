@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from accelerate import Accelerator
 
-from .dataset.layout import class_indices, read_classes, read_split
+from .dataset.layout import TRAINING_SPLITS, class_indices, read_classes, read_split
 from .dataset.splits import VOCDataset, first_with_masks, load_split, load_split_with_masks
 from .dataset.toy import toy_voc
 from .settings import Settings
@@ -29,7 +29,7 @@ def load_training_data(settings: Settings, accelerator: Accelerator) -> Training
             root = toy_voc(settings.output / "data", seed=settings.seed)
     classes = read_classes(root)
     class_indices(settings.table_classes, ("background", *classes), source="--table-classes")  # may raise
-    names = read_split(root, "train_aug", "train")
+    names = read_split(root, *TRAINING_SPLITS)
     if settings.supervision == "masks":
         train_split = load_split_with_masks(root, names, classes, settings.masks)
     else:

@@ -28,6 +28,7 @@ VOC_CLASSES = (
     "train",
     "tvmonitor",
 )
+TRAINING_SPLITS = ("train_aug", "train")  # the first one that exists is trained on
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 MASK_FOLDERS = ("SegmentationClass", "SegmentationClassAug")
 SPLIT_FOLDER = Path("ImageSets", "Segmentation")

@@ -86,12 +86,15 @@ class Outputs:
 
 
 def mask_writer(picture: Picture, mask: NDArray[np.uint8], text: Mapping[str, str] | None = None) -> Write:
-    """Return what writes the mask as a palette PNG, on the pixel grid of the stored image, with `text` in it."""
+    """Return a function that writes the mask as a palette PNG, of the size of the stored image, with `text` in it."""
     return lambda path: save_mask(path, picture.as_stored(mask), text)
 
 
 def overlay_writer(picture: Picture, masks: Sequence[NDArray[np.uint8]]) -> Write:
-    """Return what writes the masks over the pixels that the network saw: side by side, or for wide images stacked."""
+    """Return a function that writes the masks over the pixels that the network saw.
+
+    They are side by side, or one below the other for wide images.
+    """
 
     def write(path: Path) -> None:
         painted = [overlay(picture.tensor(), torch.from_numpy(mask).long()) for mask in masks]  # each [H, W, 3]
@@ -105,7 +108,7 @@ def overlay_writer(picture: Picture, masks: Sequence[NDArray[np.uint8]]) -> Writ
 
 
 def soft_writer(picture: Picture, soft: SoftMasks) -> Write:
-    """Return what writes the soft masks, on the pixel grid of the stored image."""
+    """Return a function that writes the soft masks, of the size of the stored image."""
 
     def write(path: Path) -> None:
         masks = np.stack([picture.as_stored(mask) for mask in soft.masks.float().cpu().numpy()])  # [C + 1, H, W]

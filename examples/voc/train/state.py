@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ..arguments import resumed_folder
 from ..checkpoints import CheckpointError, read_checkpoint, save_checkpoint
 from ..model import Network, build_model
 from ..settings import Settings
@@ -173,7 +174,7 @@ def checkpoint_to_resume(settings: Settings) -> Path | None:
         return None
     if resume.is_file() and read_checkpoint(resume)["settings"]["model"] == settings.model:
         return resume
-    last = (resume.parent if resume.is_file() else resume) / f"{settings.model}.pt"
+    last = resumed_folder(resume) / f"{settings.model}.pt"
     if not last.is_file():
         return None
     read_checkpoint(last)
