@@ -162,7 +162,8 @@ def test_the_largest_dilations_are_clamped() -> None:
 
 @needs_compiler
 @pytest.mark.usefixtures("_threads")
-@pytest.mark.parametrize("shape", [(1, 21, 145, 37), (3, 21, 45, 37), (7, 5, 45, 37)])
+# Threads have: images of their own, channels of their own in each image, or rows of the same images.
+@pytest.mark.parametrize("shape", [(40, 2, 9, 5), (1, 21, 145, 37), (3, 21, 45, 37), (7, 5, 45, 37), (3, 4, 200, 170)])
 def test_result_is_the_same_for_any_number_of_threads(shape: tuple[int, ...]) -> None:
     image, mask, results = torch.rand(shape[0], 3, *shape[2:]), torch.rand(shape), []
     counts = torch.randint(shape[1] + 1, shape[:1])
@@ -253,7 +254,7 @@ from wsseg_layers.kernels import VARIANTS, pamr_affinity
 from wsseg_layers.kernels.backends import cpp
 assert cpp.unavailable(torch.device("cpu")) is None
 random.seed(0)
-shapes = [(1, 1, 1, 1), (2, 3, 2, 5), (1, 13, 5, 16), (1, 25, 3, 33), (3, 5, 40, 50)]
+shapes = [(1, 1, 1, 1), (2, 3, 2, 5), (1, 13, 5, 16), (1, 25, 3, 33), (3, 5, 40, 50), (90, 4, 30, 3)]
 for shape, dilations in itertools.product(shapes, ([1], [24, 2], [2**31 - 1, 3])):
     batch, channels, height, width = shape
     image = torch.rand(batch, random.choice([1, 3]), height, width)

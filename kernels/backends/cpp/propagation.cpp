@@ -19,11 +19,17 @@ constexpr int SUMS = 12;
 #endif
 constexpr int MAX_CHANNELS = 12, MAX_VECTORS = 4; // the largest tile of sums: channels x registers
 
-// Minimum work per thread: terms of sums in one iteration.
+// Minimum work of a thread between two barriers: terms of sums.
 constexpr int64_t GRAIN = 1 << 18;
 
-// As many images or chunks of channels are worked on at once as there are threads, as long as their tables and the
-// weights that the transpose copies fit these bytes. Each has two tables, of which one is counted.
+// Each thread propagates units of its own, and waits for no other thread, if the largest share of the work is at most
+// this many times the mean. Weights up to these bytes may be read by several threads, which have other channels each,
+// but at least so many.
+constexpr double BALANCE = 1.125;
+constexpr int64_t SHARED_WEIGHTS_BYTES = 2 << 20, SHARED_WEIGHTS_CHANNELS = 3;
+
+// As many units are worked on at once as there are threads, as long as their tables and the weights that the transpose
+// copies fit these bytes. Each has two tables, of which one is counted.
 constexpr int64_t SLOTS_BYTES = 24 << 20;
 constexpr int64_t MAX_SLOTS = 64;
 
@@ -46,18 +52,21 @@ struct Propagation {
 // A chunk of an image's channels.
 struct Unit {
     int64_t image, channel, channels;
+
+    int64_t cost() const { return channels + 1; } // 1 for the weights
 };
 
-// The units of a call, one after the other.
+// The units of a call, one after the other. Images are divided into `split` units if they have enough channels.
 struct Units {
     const Propagation &task;
-    int64_t image = 0, chunk = 0;
+    int64_t split, image = 0, chunk = 0;
 
     int64_t channels_of(int64_t b) const { return task.counts ? task.counts[b] : task.channels; }
     int64_t chunks_of(int64_t b, int64_t size) const
     {
         const int64_t channels = channels_of(b), bytes = channels * task.height * task.width * size;
-        return std::min(channels, divide_up(bytes, task.chunk_bytes));
+        const int64_t parts = std::min(split, divide_up(channels, SHARED_WEIGHTS_CHANNELS));
+        return std::min(channels, std::max(parts, divide_up(bytes, task.chunk_bytes)));
     }
     // Take the next units, at most `slots`, and return how many there are.
     int64_t next(Unit *units, int64_t slots, int64_t size)
@@ -78,6 +87,29 @@ struct Units {
     }
 };
 
+// Call work(unit, thread) for all units. A unit belongs to the thread in whose share of the cost it starts.
+template <typename Work>
+static void share_units(const Units &units, int64_t size, int64_t threads, const Work &work)
+{
+    Unit unit;
+    int64_t total = 0, start = 0;
+    for (Units all = units; all.next(&unit, 1, size);) total += unit.cost();
+    for (Units all = units; all.next(&unit, 1, size); start += unit.cost()) work(unit, start * threads / total);
+}
+
+// Return whether all threads have about the same work if each propagates units of its own.
+static bool is_balanced(const Units &units, int64_t size, int64_t threads)
+{
+    int64_t total = 0, largest = 0, share = 0, owner = 0;
+    share_units(units, size, threads, [&](const Unit &unit, int64_t thread) {
+        share = (thread == owner ? share : 0) + unit.cost();
+        owner = thread;
+        largest = std::max(largest, share);
+        total += unit.cost();
+    });
+    return largest * threads <= BALANCE * total;
+}
+
 // The layout of the workspace: for every slot, two tables that are filled in turn by the iterations and, for the
 // transpose, the weights of the slot; then the pointers and copies of weights of every thread.
 template <typename Real> struct PropagationPlan {
@@ -86,10 +118,14 @@ template <typename Real> struct PropagationPlan {
         worker_bytes;
     bool halves; // whether weights are read as float16
     bool copied; // whether weights must be copied before they are read
+    bool apart;  // whether each thread propagates units of its own
+    int64_t split; // of images into units
     Real *tables[2], *shifted, *last_row;
     int64_t *first_readers; // per row, the number of readers of all rows above it
 
     PropagationPlan(const Propagation &task, void *memory);
+    void share_work(const Propagation &task);
+    int64_t divide(const Propagation &task, int64_t parts);
     int64_t bytes() const { return shared_bytes + threads * worker_bytes; }
 };
 
@@ -182,9 +218,10 @@ template <int channels, int vectors, typename Real, typename Weight>
 static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
 {
     constexpr int lanes = LANES<Real>;
+    constexpr int line = std::max<int>(LINE / (lanes * sizeof(Weight)), 1); // registers in a cache line of weights
     const int64_t pitch = terms.pitch, stride = terms.stride, count = terms.count, next = terms.next;
     const int64_t first = channel * pitch + x;
-    const Real *const *rows = terms.rows;
+    const Real *const *rows = terms.rows, *ahead = terms.ahead;
     const Weight *weights = (const Weight *)terms.weights + x;
     Vector<Real> sums[channels][vectors];
     // Without the pragmas, GCC keeps the sums in memory before and after the loop.
@@ -198,17 +235,24 @@ static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) weight[v] = load<Real>(weights + v * lanes);
         // Into the second-level cache: the first is too small for a row of weights.
-        __builtin_prefetch(weights + next, 0, 2);
 #pragma GCC unroll 16
-        for (int c = 0; c < channels; c++)
+        for (int v = 0; v < vectors; v += line) __builtin_prefetch(weights + next + v * lanes, 0, 2);
 #pragma GCC unroll 16
-            for (int v = 0; v < vectors; v++) sums[c][v] += weight[v] * load(row + c * pitch + v * lanes); // eq. 7
+        for (int c = 0; c < channels; c++, row += pitch) {
+            // The compiler must not know that this is a sum. Otherwise it keeps an offset per channel, of which most do
+            // not fit the registers, and reads them from the stack for every neighbour.
+            asm("" : "+r"(row));
+#pragma GCC unroll 16
+            for (int v = 0; v < vectors; v++) sums[c][v] += weight[v] * load(row + v * lanes); // eq. 7
+        }
     }
 #pragma GCC unroll 16
     for (int c = 0; c < channels; c++) {
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) store(out + first + c * pitch + v * lanes, sums[c][v]);
-        __builtin_prefetch(terms.ahead + first + c * pitch);
+#pragma GCC unroll 16
+        for (int x = 0; x < vectors * lanes; x += LINE / sizeof(Real))
+            __builtin_prefetch(ahead + first + c * pitch + x);
     }
 }
 
@@ -375,19 +419,8 @@ template <typename Real> struct Worker {
 
 template <typename Real> PropagationPlan<Real>::PropagationPlan(const Propagation &task, void *memory)
 {
-    const Units units{task};
-    int64_t work = 0, total = 0, most = 1;
-    for (int64_t b = 0; b < task.batch; b++) {
-        const int64_t chunks = units.chunks_of(b, sizeof(Real)), channels = units.channels_of(b);
-        total += chunks;
-        work += channels * task.height * task.width * task.neighbours.count;
-        if (chunks) most = std::max(most, divide_up(channels, chunks));
-    }
-    const int64_t reach = task.neighbours.reach, count = task.neighbours.count;
-    threads = limit_threads(task.threads, work, GRAIN);
-    sides = task.transposed ? round_up(reach, LANES<Real>) : 0;
-    table = make_table<Real>(most, task.height, task.width, reach, std::max(reach, sides));
-    table_size = most * task.height * table.pitch;
+    const int64_t count = task.neighbours.count;
+    sides = task.transposed ? round_up(task.neighbours.reach, LANES<Real>) : 0;
     weights_pitch = std::max<int64_t>(task.width, LANES<Real>) + 2 * sides;
     shifted_size = task.transposed ? task.height * count * weights_pitch : 0;
     const bool narrow = task.width < LANES<Real>, single = sizeof(Real) == sizeof(float);
@@ -396,8 +429,7 @@ template <typename Real> PropagationPlan<Real>::PropagationPlan(const Propagatio
     const bool converted = task.weights_type != (single ? FLOAT32 : FLOAT64);
     copied = !task.transposed && !halves && (converted || count * task.width < LANES<Real>);
     terms = task.transposed ? std::max(count_readers(task, 0), count_readers(task, task.height - 1)) : count;
-    const int64_t fitting = SLOTS_BYTES / ((table_size + shifted_size) * sizeof(Real));
-    slots = std::clamp<int64_t>(std::min(fitting, total), 1, std::min(MAX_SLOTS, threads));
+    share_work(task);
     Workspace workspace = {(uintptr_t)memory};
     for (auto &one : tables) one = workspace.take<Real>(slots * table_size);
     shifted = workspace.take<Real>(slots * shifted_size);
@@ -409,6 +441,45 @@ template <typename Real> PropagationPlan<Real>::PropagationPlan(const Propagatio
     worker_bytes = workspace.used - shared_bytes;
 }
 
+// Choose the units, the number of threads and whether these work apart.
+template <typename Real> void PropagationPlan<Real>::share_work(const Propagation &task)
+{
+    const int64_t weights = task.neighbours.count * task.height * task.width, size = sizeof(Real);
+    int64_t work = 0;
+    for (int64_t b = 0; b < task.batch; b++) work += Units{task, 1}.channels_of(b) * weights;
+    threads = limit_threads(task.threads, work, GRAIN);
+    apart = false;
+    for (int64_t parts : {int64_t(1), task.threads}) {
+        if (parts > 1 && weights * size > SHARED_WEIGHTS_BYTES) break;
+        const int64_t most = limit_threads(task.threads, work * task.iterations, GRAIN);
+        const int64_t fitting = divide(task, parts), own = std::min(most, fitting);
+        if (own >= threads && is_balanced(Units{task, parts}, size, own)) {
+            apart = true;
+            slots = threads = own;
+            return;
+        }
+    }
+    slots = std::min({divide(task, 1), MAX_SLOTS, threads});
+}
+
+// Set `split` and what depends on it. Return how many units can be worked on at once, at least 1.
+template <typename Real> int64_t PropagationPlan<Real>::divide(const Propagation &task, int64_t parts)
+{
+    split = parts;
+    const Units units{task, split};
+    int64_t total = 0, most = 1;
+    for (int64_t b = 0; b < task.batch; b++) {
+        const int64_t chunks = units.chunks_of(b, sizeof(Real));
+        total += chunks;
+        if (chunks) most = std::max(most, divide_up(units.channels_of(b), chunks));
+    }
+    const int64_t reach = task.neighbours.reach;
+    table = make_table<Real>(most, task.height, task.width, reach, std::max(reach, sides));
+    table_size = most * task.height * table.pitch;
+    const int64_t bytes = (table_size + shifted_size) * sizeof(Real);
+    return std::max<int64_t>(std::min(total, SLOTS_BYTES / bytes), 1);
+}
+
 template <typename Real>
 static void write_row(const Propagation &task, const Real *row, const Table &table, const Unit &unit, int64_t y)
 {
@@ -417,16 +488,16 @@ static void write_row(const Propagation &task, const Real *row, const Table &tab
     for (int64_t c = 0; c < unit.channels; c++) std::copy_n(row + c * table.pitch, task.width, out + c * plane);
 }
 
-// Call work(slot, y) for this thread's share of the rows of all units: equal shares of channels x rows.
+// Call work(u, y) for this thread's share of the rows of all units: equal shares of channels x rows.
 template <typename Work>
 static void share_rows(const Unit *units, int64_t count, int64_t height, int64_t thread, int64_t threads,
                        const Work &work)
 {
     int64_t total = 0, start = 0;
-    for (int64_t u = 0; u < count; u++) total += (units[u].channels + 1) * height; // 1 for the weights
+    for (int64_t u = 0; u < count; u++) total += units[u].cost() * height;
     const int64_t begin = total * thread / threads, end = total * (thread + 1) / threads;
     for (int64_t u = 0; u < count; u++) {
-        const int64_t cost = units[u].channels + 1;
+        const int64_t cost = units[u].cost();
         auto row_at = [&](int64_t position) {
             return std::min(divide_up(std::max<int64_t>(position - start, 0), cost), height);
         };
@@ -436,41 +507,56 @@ static void share_rows(const Unit *units, int64_t count, int64_t height, int64_t
     }
 }
 
-// Propagate all units, as many at once as there are slots. Every thread computes its share of their rows.
+// Propagate `count` units at once, in the slots from `first_slot` on: this thread's share of their rows.
 template <typename Real>
-static void propagate_share(const Propagation &task, const PropagationPlan<Real> &plan, const Worker<Real> &worker,
+static void propagate_units(const Worker<Real> &worker, const Unit *units, int64_t count, int64_t first_slot,
                             int64_t thread, int64_t threads)
 {
-    Units units{task};
-    Unit round[MAX_SLOTS];
-    while (const int64_t count = units.next(round, plan.slots, sizeof(Real))) {
-        auto each_row = [&](auto work) {
-            share_rows(round, count, task.height, thread, threads, [&](int64_t slot, int64_t y) {
-                Table table = plan.table;
-                table.channels = round[slot].channels;
-                work(round[slot], table, slot, y);
-            });
-            wait_for_all(threads);
-        };
-        each_row([&](const Unit &unit, const Table &table, int64_t slot, int64_t y) {
-            auto masks = (const Real *)task.masks + unit.image * task.strides[0] + unit.channel * task.strides[1];
-            Real *map = plan.tables[0] + slot * plan.table_size;
-            read_row(table.row(map, y), masks, task.strides, y, table, task.transposed);
-            if (task.transposed) worker.shift_weights(plan.shifted + slot * plan.shifted_size, unit.image, y);
-            if (unit.channel == 0 && worker.is_copied_once(unit.image, y))
-                worker.copy_weights(plan.last_row, unit.image, y);
+    const Propagation &task = worker.task;
+    const PropagationPlan<Real> &plan = worker.plan;
+    auto each_row = [&](auto work) {
+        share_rows(units, count, task.height, thread, threads, [&](int64_t u, int64_t y) {
+            Table table = plan.table;
+            table.channels = units[u].channels;
+            work(units[u], table, first_slot + u, y);
         });
-        for (int64_t t = 0; t < task.iterations; t++)
-            each_row([&](const Unit &unit, const Table &table, int64_t slot, int64_t y) {
-                const Real *from = plan.tables[t % 2] + slot * plan.table_size;
-                Real *to = plan.tables[(t + 1) % 2] + slot * plan.table_size;
-                if (task.transposed)
-                    worker.propagate_transposed_row(to, from, plan.shifted + slot * plan.shifted_size, table, y);
-                else
-                    worker.propagate_row(to, from, table, unit.image, y);
-                if (t == task.iterations - 1) write_row(task, table.row(to, y), table, unit, y);
-            });
-    }
+        wait_for_all(threads);
+    };
+    each_row([&](const Unit &unit, const Table &table, int64_t slot, int64_t y) {
+        auto masks = (const Real *)task.masks + unit.image * task.strides[0] + unit.channel * task.strides[1];
+        Real *map = plan.tables[0] + slot * plan.table_size;
+        read_row(table.row(map, y), masks, task.strides, y, table, task.transposed);
+        if (task.transposed) worker.shift_weights(plan.shifted + slot * plan.shifted_size, unit.image, y);
+    });
+    for (int64_t t = 0; t < task.iterations; t++)
+        each_row([&](const Unit &unit, const Table &table, int64_t slot, int64_t y) {
+            const Real *from = plan.tables[t % 2] + slot * plan.table_size;
+            Real *to = plan.tables[(t + 1) % 2] + slot * plan.table_size;
+            if (task.transposed)
+                worker.propagate_transposed_row(to, from, plan.shifted + slot * plan.shifted_size, table, y);
+            else
+                worker.propagate_row(to, from, table, unit.image, y);
+            if (t == task.iterations - 1) write_row(task, table.row(to, y), table, unit, y);
+        });
+}
+
+// Propagate this thread's own units.
+template <typename Real>
+static void propagate_apart(const Worker<Real> &worker, int64_t thread, int64_t threads)
+{
+    share_units(Units{worker.task, worker.plan.split}, sizeof(Real), threads, [&](const Unit &unit, int64_t owner) {
+        if (owner == thread) propagate_units(worker, &unit, 1, thread, 0, 1);
+    });
+}
+
+// Propagate all units, as many at once as there are slots. Every thread computes its share of their rows.
+template <typename Real>
+static void propagate_together(const Worker<Real> &worker, int64_t thread, int64_t threads)
+{
+    Units units{worker.task, worker.plan.split};
+    Unit round[MAX_SLOTS];
+    while (const int64_t count = units.next(round, worker.plan.slots, sizeof(Real)))
+        propagate_units(worker, round, count, 0, thread, threads);
 }
 
 template <typename Real> static void propagate(const Propagation &task, void *memory)
@@ -478,9 +564,13 @@ template <typename Real> static void propagate(const Propagation &task, void *me
     const PropagationPlan<Real> plan(task, memory);
     for (int64_t y = 0, first = 0; task.transposed && y < task.height; first += count_readers(task, y++))
         plan.first_readers[y] = first;
-    in_parallel(plan.threads, [&](int64_t thread, int64_t threads) {
+    auto make_worker = [&](int64_t thread) {
         Workspace own = {(uintptr_t)memory, plan.shared_bytes + thread * plan.worker_bytes};
-        propagate_share(task, plan, Worker<Real>(task, plan, own), thread, threads);
+        return Worker<Real>(task, plan, own);
+    };
+    if (plan.last_row_size) make_worker(0).copy_weights(plan.last_row, task.batch - 1, task.height - 1);
+    in_parallel(plan.threads, [&](int64_t thread, int64_t threads) {
+        (plan.apart ? propagate_apart<Real> : propagate_together<Real>)(make_worker(thread), thread, threads);
     });
 }
 
