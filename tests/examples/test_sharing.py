@@ -2,12 +2,10 @@
 
 import csv
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import infer_voc
@@ -22,9 +20,13 @@ from voc.inference.claims import CLAIMS, claim_outputs
 from voc.model import build_model
 from voc.presets import PRESETS
 
+from tests import processes
+
 SETTINGS = replace(PRESETS["toy"], channels=8, scales=(1.0,), background_power=2.0, min_probability=0.2)
 NUM_IMAGES = 12
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+started = partial(processes.started, infer_voc.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -45,22 +47,6 @@ def images(tmp_path: Path) -> Path:
         coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
         coarse.resize((60 + index, 50)).save(folder / f"{index:02}.png")
     return folder
-
-
-@contextmanager
-def started(arguments: list[str], launcher: tuple[str, ...] = ()) -> Iterator["subprocess.Popen[str]"]:
-    """Start infer_voc.py in a process of its own, which ends with the block. There is no time limit to miss."""
-    command = [sys.executable, *launcher, str(Path(infer_voc.__file__)), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()  # a launcher ends its own processes
-            with suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=30)
-            process.kill()
-            process.communicate()
 
 
 def arguments_for(trained: Path, images: Path, output: Path, *others: str) -> list[str]:

@@ -6,11 +6,9 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +26,14 @@ from voc.model import build_model
 from voc.train import objective, state
 from voc.train.batches import AugmentedDataset
 
+from tests import processes
+
 QUICK = shlex.split(
     "--preset toy --epochs 2 --classification-epochs 1 --crop-size 65 --classification-crop-size 65 --channels 8 "
     "--no-freeze-backbone --batch-size 4 --scales 1 --refine none --workers 0 --device cpu"
 )
+
+started = partial(processes.started, train_voc.__file__)
 
 
 def test_the_whole_job(toy_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -348,22 +350,6 @@ def test_held_out_loss_needs_no_masks(toy_root: Path, tmp_path: Path) -> None:
     assert histories[0] == histories[1]
     assert histories[0][0] is None
     assert histories[0][1] > 0
-
-
-@contextmanager
-def started(arguments: list[str], launcher: tuple[str, ...] = ()) -> Iterator["subprocess.Popen[str]"]:
-    """Start a training in a process of its own, which ends with the block. There is no time limit to miss."""
-    command = [sys.executable, *launcher, str(Path(train_voc.__file__)), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()  # a launcher ends its own processes
-            with suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=30)
-            process.kill()
-            process.communicate()
 
 
 @pytest.mark.slow
