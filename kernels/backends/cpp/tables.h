@@ -149,11 +149,11 @@ template <typename Real>
 static inline void find_rows(const Real **rows, const Real *map, const Table &table, const Neighbours &neighbours,
                              int64_t y)
 {
-    const Real *row = nullptr;
-    for (int64_t n = 0; n < neighbours.count; n++) {
-        const int64_t dy = neighbours.dy[n];
-        if (n == 0 || dy != neighbours.dy[n - 1])
-            row = table.row(map, std::clamp<int64_t>(y + dy, 0, table.height - 1));
-        rows[n] = row + neighbours.dx[n];
+    const int64_t stride = table.channels * table.pitch, bottom = table.height - 1, count = neighbours.count;
+    const int64_t *dy = neighbours.dy, *dx = neighbours.dx;
+    const Real *first = table.row(map, 0);
+    for (int64_t n = 0; n < count; n++) {
+        const int64_t row = std::min(std::max<int64_t>(y + dy[n], 0), bottom);
+        rows[n] = first + (row * stride + dx[n]);
     }
 }
