@@ -163,7 +163,9 @@ def test_the_largest_dilations_are_clamped() -> None:
 @needs_compiler
 @pytest.mark.usefixtures("_threads")
 # Threads have: images of their own, channels of their own in each image, or rows of the same images.
-@pytest.mark.parametrize("shape", [(40, 2, 9, 5), (1, 21, 145, 37), (3, 21, 45, 37), (7, 5, 45, 37), (3, 4, 200, 170)])
+@pytest.mark.parametrize(
+    "shape", [(40, 2, 20, 11), (1, 21, 145, 37), (3, 21, 45, 37), (7, 5, 45, 37), (3, 4, 200, 170)]
+)
 def test_result_is_the_same_for_any_number_of_threads(shape: tuple[int, ...]) -> None:
     image, mask, results = torch.rand(shape[0], 3, *shape[2:]), torch.rand(shape), []
     counts = torch.randint(shape[1] + 1, shape[:1])
@@ -188,17 +190,18 @@ from wsseg_layers import PAMR, PAR, DenseCRF
 # The logarithm of probabilities, in PyTorch, starts threads for any size.
 layers = [PAMR(backend="cpp"), PAR(backend="cpp"), DenseCRF(inputs="logits", backend="cpp")]
 torch.set_num_threads(2)
-def refine(batch, size):
+def refine(batch, size, channels=5):
     for layer in layers:
-        layer(torch.rand(batch, 3, size, size), torch.rand(batch, 5, size, size))
+        layer(torch.rand(batch, 3, size, size), torch.rand(batch, channels, size, size))
 before = len(os.listdir("/proc/self/task"))
 refine(1, 8)
 refine(3, 8)
+refine(2, 6, 21)
 assert len(os.listdir("/proc/self/task")) == before
 refine(2, 100)
 assert len(os.listdir("/proc/self/task")) > before
 """
-    run_and_fork(before, in_child="refine(1, 8)\nrefine(3, 8)")
+    run_and_fork(before, in_child="refine(1, 8)\nrefine(3, 8)\nrefine(2, 6, 21)")
 
 
 @needs_compiler

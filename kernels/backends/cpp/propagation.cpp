@@ -19,12 +19,12 @@ constexpr int SUMS = 12;
 #endif
 constexpr int MAX_CHANNELS = 12, MAX_VECTORS = 4; // the largest tile of sums: channels x registers
 
-// Minimum work of a thread between two barriers: terms of sums.
-constexpr int64_t GRAIN = 1 << 18;
+// Minimum work of a thread, in terms of sums: between two barriers, and in a call without barriers.
+constexpr int64_t GRAIN = 1 << 18, GRAIN_APART = 1 << 19;
 
-// Each thread propagates units of its own, and waits for no other thread, if the largest share of the work is at most
-// this many times the mean. Weights up to these bytes may be read by several threads, which have other channels each,
-// but at least so many.
+// Threads work apart, each on units of its own and without barriers, if the largest share of the work is at most
+// BALANCE times the mean. The channels of an image may be divided among them if its weights have at most
+// SHARED_WEIGHTS_BYTES, into units of about SHARED_WEIGHTS_CHANNELS or more.
 constexpr double BALANCE = 1.125;
 constexpr int64_t SHARED_WEIGHTS_BYTES = 2 << 20, SHARED_WEIGHTS_CHANNELS = 3;
 
@@ -56,7 +56,7 @@ struct Unit {
     int64_t cost() const { return channels + 1; } // 1 for the weights
 };
 
-// The units of a call, one after the other. Images are divided into `split` units if they have enough channels.
+// The units of a call, one after the other. An image has at least `split` units if it has enough channels.
 struct Units {
     const Propagation &task;
     int64_t split, image = 0, chunk = 0;
@@ -87,14 +87,15 @@ struct Units {
     }
 };
 
-// Call work(unit, thread) for all units. A unit belongs to the thread in whose share of the cost it starts.
+// Call work(unit, thread) for all units. A unit belongs to the thread in whose share of the cost its middle lies.
 template <typename Work>
 static void share_units(const Units &units, int64_t size, int64_t threads, const Work &work)
 {
     Unit unit;
     int64_t total = 0, start = 0;
     for (Units all = units; all.next(&unit, 1, size);) total += unit.cost();
-    for (Units all = units; all.next(&unit, 1, size); start += unit.cost()) work(unit, start * threads / total);
+    for (Units all = units; all.next(&unit, 1, size); start += unit.cost())
+        work(unit, (2 * start + unit.cost()) * threads / (2 * total));
 }
 
 // Return whether all threads have about the same work if each propagates units of its own.
@@ -119,13 +120,13 @@ template <typename Real> struct PropagationPlan {
     bool halves; // whether weights are read as float16
     bool copied; // whether weights must be copied before they are read
     bool apart;  // whether each thread propagates units of its own
-    int64_t split; // of images into units
+    int64_t split; // the least number of units of an image with enough channels
     Real *tables[2], *shifted, *last_row;
     int64_t *first_readers; // per row, the number of readers of all rows above it
 
     PropagationPlan(const Propagation &task, void *memory);
     void share_work(const Propagation &task);
-    int64_t divide(const Propagation &task, int64_t parts);
+    int64_t lay_out(const Propagation &task, int64_t parts);
     int64_t bytes() const { return shared_bytes + threads * worker_bytes; }
 };
 
@@ -239,8 +240,8 @@ static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
         for (int v = 0; v < vectors; v += line) __builtin_prefetch(weights + next + v * lanes, 0, 2);
 #pragma GCC unroll 16
         for (int c = 0; c < channels; c++, row += pitch) {
-            // The compiler must not know that this is a sum. Otherwise it keeps an offset per channel, of which most do
-            // not fit the registers, and reads them from the stack for every neighbour.
+            // Hides from the compiler how `row` moves. Otherwise it keeps an offset per channel, of which most do not
+            // fit the registers, and reads them from the stack for every neighbour.
             asm("" : "+r"(row));
 #pragma GCC unroll 16
             for (int v = 0; v < vectors; v++) sums[c][v] += weight[v] * load(row + v * lanes); // eq. 7
@@ -251,8 +252,8 @@ static void sum(Real *out, const Terms<Real> &terms, int64_t channel, int64_t x)
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) store(out + first + c * pitch + v * lanes, sums[c][v]);
 #pragma GCC unroll 16
-        for (int x = 0; x < vectors * lanes; x += LINE / sizeof(Real))
-            __builtin_prefetch(ahead + first + c * pitch + x);
+        for (int pixel = 0; pixel < vectors * lanes; pixel += LINE / sizeof(Real))
+            __builtin_prefetch(ahead + first + c * pitch + pixel);
     }
 }
 
@@ -441,29 +442,31 @@ template <typename Real> PropagationPlan<Real>::PropagationPlan(const Propagatio
     worker_bytes = workspace.used - shared_bytes;
 }
 
-// Choose the units, the number of threads and whether these work apart.
+// Choose the units, and whether threads share rows or, as at least as many threads, work apart.
 template <typename Real> void PropagationPlan<Real>::share_work(const Propagation &task)
 {
     const int64_t weights = task.neighbours.count * task.height * task.width, size = sizeof(Real);
-    int64_t work = 0;
+    int64_t work = 0, best_parts = 1;
     for (int64_t b = 0; b < task.batch; b++) work += Units{task, 1}.channels_of(b) * weights;
     threads = limit_threads(task.threads, work, GRAIN);
     apart = false;
-    for (int64_t parts : {int64_t(1), task.threads}) {
+    const int64_t limit = limit_threads(task.threads, work * task.iterations, GRAIN_APART);
+    for (int64_t parts : {int64_t(1), limit}) {
         if (parts > 1 && weights * size > SHARED_WEIGHTS_BYTES) break;
-        const int64_t most = limit_threads(task.threads, work * task.iterations, GRAIN);
-        const int64_t fitting = divide(task, parts), own = std::min(most, fitting);
-        if (own >= threads && is_balanced(Units{task, parts}, size, own)) {
+        const int64_t apart_threads = std::min(limit, lay_out(task, parts));
+        const bool is_better = apart ? apart_threads > threads : apart_threads >= threads;
+        if (is_better && is_balanced(Units{task, parts}, size, apart_threads)) {
             apart = true;
-            slots = threads = own;
-            return;
+            threads = apart_threads;
+            best_parts = parts;
         }
     }
-    slots = std::min({divide(task, 1), MAX_SLOTS, threads});
+    const int64_t fitting = lay_out(task, best_parts);
+    slots = apart ? threads : std::min({fitting, MAX_SLOTS, threads});
 }
 
-// Set `split` and what depends on it. Return how many units can be worked on at once, at least 1.
-template <typename Real> int64_t PropagationPlan<Real>::divide(const Propagation &task, int64_t parts)
+// Set `split` and the size of the tables. Return how many units can be worked on at once, at least 1.
+template <typename Real> int64_t PropagationPlan<Real>::lay_out(const Propagation &task, int64_t parts)
 {
     split = parts;
     const Units units{task, split};
