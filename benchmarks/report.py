@@ -1,6 +1,7 @@
 """Tables and plots of what the benchmarks measured."""
 
 import csv
+import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ README_TITLES = ("PAMR", "PAR", "pseudo labels")
 COLUMNS = ("median_ms", "min_ms", "max_ms", "calls")
 AXES = ("side", "classes", "dilations", "iterations")
 BASE = {"classes": 21, "dilations": 6, "iterations": 10}
+# They limit the instructions of PyTorch, of this library and of oneDNN, which has PyTorch's convolutions.
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
 
 def write_report(bench: Bench) -> Path:
@@ -145,12 +148,13 @@ def summary(seconds: Sequence[float]) -> list[str]:
 
 def markdown(bench: Bench, bandwidth: float) -> str:
     """Return the tables: the median time of each competitor, its spread, and its ratio to ours."""
-    command = "--benchmark" if bench.mode == "full" else "--benchmark-quick"
+    limits = [f"{name}={os.environ[name]} " for name in LIMITS if name in os.environ]
+    command = f"{''.join(limits)}pytest benchmarks/ {'--benchmark' if bench.mode == 'full' else '--benchmark-quick'}"
     has_kept = any(row.kept for row in bench.rows)
     lines = [
         f"# Benchmarks on {device_name(bench.device)}",
         "",
-        f"`pytest benchmarks/ {command}`, {date.today()}; a copy moves {bandwidth / 1e9:.0f} GB/s.",
+        f"`{command}`, {date.today()}; a copy moves {bandwidth / 1e9:.0f} GB/s.",
         f"{versions(bench.device)}.",
         "",
         "Medians of calls in turn, in one process; in brackets the fastest and the slowest.",

@@ -25,6 +25,14 @@ def test_both_allocators() -> None:
     assert peer == "| 1x2x8x8 | published | 50 (40 to 60) | 25 | 200 (100 to 300) | 100 |  | 40 |"
 
 
+def test_the_command_has_the_limits_of_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in report.LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    assert "`pytest benchmarks/ --benchmark`" in markdown(Bench("full", rows=[OURS]), 1e9)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert "`ATEN_CPU_CAPABILITY=avx2 pytest benchmarks/ --benchmark`" in markdown(Bench("full", rows=[OURS]), 1e9)
+
+
 def test_one_allocator() -> None:
     header, _, ours = table(Row("nGWP", "1x2", "ours", (0.002,), None, {}))
     assert header == "| size |  | ms | ratio | peak MiB |"
