@@ -27,7 +27,7 @@ def test_layer(bench: Bench, name: str) -> None:
     batch, side = bench.size(smoke=(2, 5), quick=(2, 41), full=(16, 81))
     torch.manual_seed(0)
     inputs = [torch.rand(batch, count, side, side, device=bench.device) for count in channels]
-    compiled = bench.compiled({"formula, compiled": formula})
+    compiled = bench.compiled({"ours, compiled": ours, "formula, compiled": formula})
     competitors = {"ours": ours, "formula": formula, **compiled}
     bench.compare(
         f"{name}, forward and backward",
