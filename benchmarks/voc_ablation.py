@@ -110,7 +110,7 @@ The arguments of train_voc.py:
 The power of the background's mask and the lowest probability of a class are chosen for each row on the masks of the
 {num_train} images of the split `train`. The powers are {numbers(OURS.grid.backgrounds)}, the
 probabilities {numbers(OURS.grid.min_probabilities)}. Classes: `own` are chosen by the network, `given`
-are those of the labels.
+are those of the labels. The columns of the refinements, `raw` without one, have the powers.
 
 {choice_table(ablation, results)}
 """
