@@ -25,8 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session", params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device there is."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        torch.backends.cudnn.allow_tf32 = False  # convolutions of float32 are compared as such
     return torch.device(request.param)
 
 
