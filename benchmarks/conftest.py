@@ -1,5 +1,6 @@
 """Options of the benchmarks: without any, each file is a quick test that all competitors compute the same."""
 
+import getpass
 import json
 import os
 import platform
@@ -28,6 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
     full, quick = config.getoption("--benchmark", False), config.getoption("--benchmark-quick", False)
     if (full or quick) and config.getoption("numprocesses", None):
         raise pytest.UsageError("benchmarks run alone, one after the other: leave out -n")
+    if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+        # PyTorch's cache of compiled code does not tell instruction sets apart: code for others returned NaN (2.13).
+        folder = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{capability}")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     mode: Mode = "full" if full else "quick" if quick else "smoke"
     config.stash[BENCH] = Bench(mode, keeps_memory=bool(config.getoption("--benchmark-kept", None)))
 
