@@ -42,7 +42,7 @@ def write_report(bench: Bench) -> Path:
         )
         for row in bench.rows:
             bound = "" if row.bound is None else f"{1e3 * row.bound:.4f}"
-            memory = "" if row.memory_mib is None else str(row.memory_mib)  # rounded once, for the README
+            memory = "" if row.memory_mib is None else str(row.memory_mib)  # the README rounds it
             writer.writerow([*row.key, *summary(row.seconds), *summary(row.kept), bound, memory])
     plot(bench, bandwidth).savefig(folder / f"{name}.png", dpi=100)
     if complete and name == "cpu":

@@ -41,7 +41,7 @@ def test_pseudo_labels(bench: Bench) -> None:
     half = PseudoLabels(PAR(DILATIONS, NUM_ITER, affinity_dtype=torch.float16), max_classes=max(map(len, PRESENT)))
     competitors = {
         "ours": lambda: ours(images, cams, labels),
-        "ours, fp16 weights": lambda: half(images, cams, labels),
+        "ours, fp16": lambda: half(images, cams, labels),
         "loop with our PAR": lambda: published.pseudo_labels(PAR(DILATIONS, NUM_ITER), images, cams, labels),
         "published": lambda: published.pseudo_labels(
             lambda image, masks: published.par(image, masks, DILATIONS, NUM_ITER), images, cams, labels

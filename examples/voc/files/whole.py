@@ -25,8 +25,8 @@ def write_together(files: Mapping[Path, Write]) -> None:
     """Write files that belong together, as `write_whole` does. The last one stands for all of them.
 
     All files are written to temporary paths first, so that an error keeps all earlier files. Then the earlier last file
-    is deleted, and the new files get their names, the last one at the end. So if the last
-    file exists, the others belong to it.
+    is deleted, and the new files get their names, the last one at the end. So if the last file exists, the others
+    belong to it.
     """
     partials = {path: path.with_name(f".partial_{uuid.uuid4().hex}{path.suffix}") for path in files}
     *others, last = files

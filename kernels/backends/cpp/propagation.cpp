@@ -442,7 +442,8 @@ template <typename Real> PropagationPlan<Real>::PropagationPlan(const Propagatio
     worker_bytes = workspace.used - shared_bytes;
 }
 
-// Choose the units, and whether threads share rows or, as at least as many threads, work apart.
+// Choose the units, the number of threads, and whether these work apart. They do if at least as many threads can work
+// apart as would share rows.
 template <typename Real> void PropagationPlan<Real>::share_work(const Propagation &task)
 {
     const int64_t weights = task.neighbours.count * task.height * task.width, size = sizeof(Real);

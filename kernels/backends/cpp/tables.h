@@ -152,7 +152,7 @@ static inline void find_rows(const Real **rows, const Real *map, const Table &ta
     const int64_t stride = table.channels * table.pitch, bottom = table.height - 1, count = neighbours.count;
     const int64_t *dy = neighbours.dy, *dx = neighbours.dx;
     const Real *first = table.row(map, 0);
-    for (int64_t n = 0; n < count; n++) {
+    for (int64_t n = 0; n < count; n++) { // without branches, so that compilers vectorise it
         const int64_t row = std::min(std::max<int64_t>(y + dy[n], 0), bottom);
         rows[n] = first + (row * stride + dx[n]);
     }
