@@ -163,14 +163,14 @@ def train(state: TrainingState, data: TrainingData) -> None:
 
 def crop_size(settings: Settings, epoch: int) -> int:
     """Return the side of the training crops in an epoch."""
-    if epoch <= settings.classification_epochs and settings.classification_crop_size is not None:
+    if settings.only_classifies(epoch) and settings.classification_crop_size is not None:
         return settings.classification_crop_size
     return settings.crop_size
 
 
 def freezes_backbone(settings: Settings, epoch: int) -> bool:
     """Return whether only the weights that start at random are trained in an epoch."""
-    return settings.freeze_backbone and settings.supervision == "labels" and epoch <= settings.classification_epochs
+    return settings.freeze_backbone and settings.supervision == "labels" and settings.only_classifies(epoch)
 
 
 def measure(
@@ -185,7 +185,7 @@ def measure(
         quality = evaluate_pseudo_labels(state.result, data.train_with_masks, settings, device, state.group)
         per_class["pseudo label iou"] = quality.iou[1:]
         figures |= {"pseudo label miou": mean_iou(quality.iou), "pseudo label coverage": quality.coverage}
-    if settings.checkpoint == "best" and (settings.model == "cam" or state.epoch > settings.classification_epochs):
+    if settings.checkpoint == "best" and (settings.model == "cam" or not settings.only_classifies(state.epoch)):
         figures[HELD_OUT_LOSS] = held_out_loss(state, data.test)
     return {name: figure for name, figure in figures.items() if math.isfinite(figure)}, per_class
 

@@ -8,13 +8,7 @@ from typing import Any, Literal
 from .ranges import check_ranges
 
 BackboneName = Literal[
-    "efficientnet_lite0",
-    "efficientnet_lite1",
-    "efficientnet_lite2",
-    "wide_resnet38",
-    "vgg16",
-    "resnet50",
-    "resnet101",
+    "efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "wide_resnet38", "vgg16", "resnet50", "resnet101"
 ]
 Refinement = Literal["none", "pamr", "par", "crf"]
 
@@ -227,6 +221,10 @@ class Settings:
         if not self.penalty_lambda > 0:
             hint = "--no-size-penalty trains without the penalty"
             raise ValueError(f"--penalty-lambda must be greater than 0, got {self.penalty_lambda}; {hint}")
+
+    def only_classifies(self, epoch: int) -> bool:
+        """Return whether an epoch, counted from 1, comes before self-supervision."""
+        return epoch <= self.classification_epochs
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings in types that JSON knows."""

@@ -17,6 +17,7 @@ from voc.losses import (
     segmentation_loss,
 )
 
+from tests.reference import resize
 from wsseg_layers.functional import threshold_pseudo_labels
 
 Array = NDArray[np.float64] | NDArray[np.int64]
@@ -50,29 +51,12 @@ def balanced_cross_entropy(masks: Array, target: Array) -> float:
     return numerator / (h * w) / m_all if m_all else 0.0
 
 
-def resized(maps: Array, height: int, width: int) -> Array:
-    """Bilinear resize of [C, h, w] with aligned corners, pixel by pixel."""
-    _, h, w = maps.shape
-    out = np.zeros((maps.shape[0], height, width))
-    for i in range(height):
-        for j in range(width):
-            y = i * (h - 1) / (height - 1) if height > 1 else 0.0
-            x = j * (w - 1) / (width - 1) if width > 1 else 0.0
-            top, left = min(int(y), h - 1), min(int(x), w - 1)
-            bottom, right = min(top + 1, h - 1), min(left + 1, w - 1)
-            dy, dx = y - top, x - left
-            upper = (1 - dx) * maps[:, top, left] + dx * maps[:, top, right]
-            lower = (1 - dx) * maps[:, bottom, left] + dx * maps[:, bottom, right]
-            out[:, i, j] = (1 - dy) * upper + dy * lower
-    return out
-
-
 def published_cross_entropy(logits: Array, target: Array) -> float:
     """The published segmentation loss: resized logits, the mean over all pixels, then over all images."""
     losses = []
     for scores, labels in zip(logits, target, strict=True):
         height, width = labels.shape
-        scores = resized(scores, height, width)
+        scores = resize(scores[None], height, width)[0]
         total = np.sum(labels != IGNORE)
         loss = 0.0
         for i in range(height):

@@ -42,7 +42,7 @@ def losses_of(state: TrainingState, output: Output, image: Tensor, labels: Tenso
         return [torch.zeros_like(segmentation), segmentation, torch.zeros_like(segmentation)]
     classification = classification_loss(output.class_scores, labels)
     nothing = torch.zeros_like(classification)
-    if settings.model == "cam" or state.epoch <= settings.classification_epochs:
+    if settings.model == "cam" or settings.only_classifies(state.epoch):
         return [classification, nothing, nothing]
     target = labels_from_masks(image, output.masks.detach(), labels, settings)
     if settings.loss == "published":

@@ -74,8 +74,8 @@ class TrainingState:
         epochs = range(1, settings.epochs + 1)
         if not settings.lr_restart or settings.supervision == "masks":
             return epochs
-        before = settings.classification_epochs  # number of epochs before the restart
-        return epochs[:before] if self.epoch <= before else epochs[before:]
+        restart = settings.classification_epochs
+        return epochs[:restart] if settings.only_classifies(self.epoch) else epochs[restart:]
 
     def end_step(self, steps_per_epoch: int) -> None:
         """Count the step, and average the weights."""
