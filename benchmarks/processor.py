@@ -14,12 +14,19 @@ from pathlib import Path
 
 import torch
 
-LOADS_PER_CYCLE = 2
 REGISTER_BYTES = {"AVX512": 64, "AVX2": 32}  # of the instructions that the C++ is compiled for; otherwise 16
 
 # Each step of the chain waits for the one before: 3 cycles for a multiplication on x86, 1 for an addition on ARM.
 CHAINS = {"x86_64": ("imul %0, %0", 3), "aarch64": ("add %0, %0, %0", 1)}
-STEPS = 16  # in one turn of the loop, so that the loop itself hides behind the chain
+# A load of a whole register; %1 is the address.
+LOADS = {
+    ("x86_64", 64): "vmovups (%1), %%zmm0",
+    ("x86_64", 32): "vmovups (%1), %%ymm0",
+    ("x86_64", 16): "movups (%1), %%xmm0",
+    ("aarch64", 16): "ldr q0, [%1]",
+}
+CLOBBERED = {"x86_64": "xmm0", "aarch64": "v0"}
+STEPS = 16  # in one turn of the loop, so that the loop itself hides behind the instructions
 
 
 def register_bytes() -> int:
@@ -34,26 +41,44 @@ def clock() -> float | None:
     Systems report a nominal clock, and virtual machines another one than the processor runs at. A chain of dependent
     instructions takes a known number of cycles.
     """
-    compiler = shutil.which("c++")
-    if platform.machine() not in CHAINS or compiler is None:
+    if platform.machine() not in CHAINS or shutil.which("c++") is None:
         return None
     instruction, cycles = CHAINS[platform.machine()]
-    body = f'__asm__ volatile("{instruction}" : "+r"(x));' * STEPS
+    return cycles * instructions_per_second(instruction)
+
+
+@functools.cache
+def loads_per_cycle() -> int | None:
+    """Return how many vector registers a thread can load per cycle; None where it cannot be measured."""
+    load = LOADS.get((platform.machine(), register_bytes()))
+    cycles_per_second = clock()
+    if load is None or cycles_per_second is None:
+        return None
+    return max(1, round(instructions_per_second(load) / cycles_per_second))
+
+
+def instructions_per_second(instruction: str) -> float:
+    """Return how often a thread executes an instruction per second, with all threads busy.
+
+    The instruction may use %0, an integer register, and %1, the address of 64 bytes that begin a cache line.
+    """
+    body = f'__asm__ volatile("{instruction}" : "+r"(x) : "r"(line) : "{CLOBBERED[platform.machine()]}");' * STEPS
     source = (
-        f'extern "C" long chain(long turns) {{ long x = 3; for (long i = 0; i < turns; i++) {{ {body} }} return x; }}'
+        "alignas(64) static char line[64];"
+        f'extern "C" long run(long turns) {{ long x = 3; for (long i = 0; i < turns; i++) {{ {body} }} return x; }}'
     )
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder, "chain.so")
-        command = [compiler, "-O2", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+        library = Path(folder, "run.so")
+        command = ["c++", "-O2", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
         subprocess.run(command, input=source, text=True, check=True, capture_output=True)
-        chain = ctypes.CDLL(str(library)).chain
-    chain.argtypes, chain.restype = (ctypes.c_long,), ctypes.c_long
+        run = ctypes.CDLL(str(library)).run
+    run.argtypes, run.restype = (ctypes.c_long,), ctypes.c_long
     turns = 200_000
 
     def frequency(_: int) -> float:
         started = time.perf_counter()
-        chain(turns)
-        return turns * STEPS * cycles / (time.perf_counter() - started)
+        run(turns)
+        return turns * STEPS / (time.perf_counter() - started)
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
@@ -66,13 +91,13 @@ def load_bound(shape: Sequence[int], neighbours: int, num_iter: int) -> float | 
     In each iteration each pixel reads each neighbour of each channel, and each weight once for all channels:
     neighbours x (C + 1) values, one register of neighbouring pixels per load.
     """
-    cycles_per_second = clock()
-    if cycles_per_second is None:
+    cycles_per_second, per_cycle = clock(), loads_per_cycle()
+    if cycles_per_second is None or per_cycle is None:
         return None
     batch, channels, height, width = shape
     registers = batch * height * math.ceil(width * 4 / register_bytes())
     loads = registers * neighbours * (channels + 1) * num_iter
-    return loads / LOADS_PER_CYCLE / cycles_per_second / torch.get_num_threads()
+    return loads / per_cycle / cycles_per_second / torch.get_num_threads()
 
 
 def cpu_model() -> str:

@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.measure import KEEP_MEMORY, Bench, Row, copy_bandwidth, propagation_bytes
-from benchmarks.processor import LOADS_PER_CYCLE, clock, cpu_model, register_bytes
+from benchmarks.processor import clock, cpu_model, loads_per_cycle, register_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 README = RESULTS.parents[1] / "README.md"
@@ -239,11 +239,13 @@ def bound_text(device: torch.device) -> str:
             '"Of the bound": the time that moving the weights and twice the masks in float32 takes at the speed of a\n'
             "copy, as a fraction of the measured time."
         )
+    if loads_per_cycle() is None:
+        return '"Of the bound" is empty: it needs a C++ compiler, and a processor of x86-64 or ARM.'
     return (
         '"Of the bound": the time that the load ports need for the propagation, as a fraction of the measured time.\n'
         "In each iteration each pixel reads 48 x (classes + 1) values.\n"
         f"A load of {register_bytes()} bytes reads them for {register_bytes() // 4} pixels;"
-        f" each thread makes {LOADS_PER_CYCLE} loads per cycle at the measured clock."
+        f" each thread can make {loads_per_cycle()} per cycle, as measured."
     )
 
 

@@ -55,8 +55,13 @@ def test_a_part_of_the_benchmarks_does_not_replace_the_results(monkeypatch: pyte
     assert not (tmp_path / "README.md").exists()
 
 
+def test_clock_and_loads_are_measured_together() -> None:
+    assert (processor.clock() is None) == (processor.loads_per_cycle() is None)
+
+
 def test_load_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "clock", lambda: 2e9)
+    monkeypatch.setattr(processor, "loads_per_cycle", lambda: 2)
     monkeypatch.setattr(processor, "register_bytes", lambda: 32)
     monkeypatch.setattr(processor.torch, "get_num_threads", lambda: 2)
     # 3 rows of 2 registers, 8 neighbours, 1 channel and the weights, 10 iterations; 2 loads per cycle, 2 threads
