@@ -25,13 +25,9 @@ from voc.evaluation.metrics import mean_iou  # noqa: E402
 from voc.evaluation.tables import markdown  # noqa: E402
 
 from benchmarks.voc_animals import METHODS  # noqa: E402
-from benchmarks.voc_protocol import PROTOCOLS  # noqa: E402
-from benchmarks.voc_runs import (  # noqa: E402
+from benchmarks.voc_page import (  # noqa: E402
     PROTOCOL_TITLES,
     TITLES,
-    Method,
-    Results,
-    Runs,
     about_the_data,
     choice_table,
     make_page,
@@ -40,6 +36,8 @@ from benchmarks.voc_runs import (  # noqa: E402
     spread,
     trained_on,
 )
+from benchmarks.voc_protocol import PROTOCOLS  # noqa: E402
+from benchmarks.voc_runs import Method, Results, Runs  # noqa: E402
 
 OURS = METHODS["ours"]
 PRESET = next(iter(INGREDIENTS))  # the row that the others are compared with

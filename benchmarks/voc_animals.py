@@ -28,14 +28,9 @@ from voc.evaluation.network import CAM_BACKGROUNDS  # noqa: E402
 from voc.evaluation.tables import iou_table, markdown  # noqa: E402
 
 from benchmarks import voc_protocol  # noqa: E402
-from benchmarks.voc_protocol import PROTOCOLS, ColumnName, Grid  # noqa: E402
-from benchmarks.voc_runs import (  # noqa: E402
-    MIN_PROBABILITIES,
+from benchmarks.voc_page import (  # noqa: E402
     PROTOCOL_TITLES,
     TITLES,
-    Method,
-    Results,
-    Runs,
     about_the_data,
     choice_table,
     make_page,
@@ -44,6 +39,8 @@ from benchmarks.voc_runs import (  # noqa: E402
     spread,
     trained_on,
 )
+from benchmarks.voc_protocol import PROTOCOLS, ColumnName, Grid  # noqa: E402
+from benchmarks.voc_runs import MIN_PROBABILITIES, Method, Results, Runs  # noqa: E402
 
 MethodName = Literal["CAM-GAP", "ours", "ceiling"]
 

@@ -21,7 +21,7 @@ from voc.dataset.layout import SPLIT_FOLDER, read_classes
 from voc.dataset.splits import Sample, VOCDataset, load_split_with_masks
 from voc.model import CAMNet, Output
 
-from benchmarks import voc_animals, voc_protocol, voc_runs
+from benchmarks import voc_animals, voc_page, voc_protocol, voc_runs
 from benchmarks.processor import cpu_model
 from benchmarks.voc_protocol import Choice, ColumnName, Cut, Grid, ProtocolName, Refinement, choose, measure
 from benchmarks.voc_runs import Measured
@@ -376,7 +376,7 @@ def test_runs_of_another_machine_are_not_repeated(
 
 def test_long_commands_are_folded_between_words() -> None:
     words = ["python", "benchmarks/x.py", "--rows", *(f"a row of number {index}" for index in range(12))]
-    folded = voc_runs.code_block(words)
+    folded = voc_page.code_block(words)
     assert max(map(len, folded.splitlines())) <= 120
     assert len(folded.splitlines()) == 3
     assert shlex.split(folded.replace("\\\n", " ")) == words
