@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from wsseg_layers._checks import (
     check_choice,
@@ -206,8 +207,8 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 def hides_values(tensor: Tensor) -> bool:
-    """Return whether a tensor stands for values that Python cannot read: it is traced, or mapped by torch.vmap."""
-    return is_traced() or is_mapped(tensor)
+    """Return whether Python cannot read a tensor's values: it is traced, mapped by torch.vmap, or fake."""
+    return is_traced() or is_mapped(tensor) or isinstance(tensor, FakeTensor)
 
 
 def batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 
 from wsseg_layers import (
@@ -208,6 +209,28 @@ def test_meta_tensors_give_shape_and_dtype(name: str, dtype: torch.dtype, monkey
     result = function(x.to("meta", dtype))
     assert result.device.type == "meta"
     assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+
+
+@each_function
+def test_fake_tensors_give_shape_and_dtype(name: str) -> None:
+    function, x = FUNCTIONS[name]
+    expected = function(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        result = function(mode.from_tensor(x))
+    assert isinstance(result, FakeTensor)
+    assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
+
+
+def test_fake_tensors_with_classes() -> None:
+    layer, labels = PAMR(2, [1, 2]), PseudoLabels(PAR([1, 2], 2))
+    with FakeTensorMode():
+        image, masks = torch.rand(2, 3, 6, 7), torch.rand(2, 5, 6, 7, requires_grad=True)
+        present = torch.ones(2, 5, dtype=torch.bool)
+        refined = layer(image, masks, classes=present)
+        (gradient,) = torch.autograd.grad(refined.sum(), masks)
+        target = labels(image, masks.detach(), present)
+    assert (refined.shape, gradient.shape) == (masks.shape, masks.shape)
+    assert (target.shape, target.dtype) == (torch.Size([2, 6, 7]), torch.int64)
 
 
 @pytest.mark.parametrize(
