@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -23,12 +24,15 @@ from voc.train.optimizer import build_optimizer, freeze, freeze_norm_statistics
 DILATIONS = (1, 2, 4, 8, 12, 24)
 NUM_ITER = 10
 Refine = Callable[[Tensor, Tensor], Tensor]
+FULL = {"efficientnet_lite0": (8, 193, 128), "resnet50": (4, 321, 256)}  # images, side of the crops, channels
 
 
-def test_training_step(bench: Bench) -> None:
-    batch, crop, channels = bench.size(smoke=(2, 33, 8), quick=(2, 97, 32), full=(8, 193, 128))
+@pytest.mark.parametrize("backbone", FULL)
+def test_training_step(bench: Bench, backbone: str) -> None:
+    batch, crop, channels = bench.size(smoke=(2, 33, 8), quick=(2, 97, 32), full=FULL[backbone])
     torch.manual_seed(0)
-    model = SingleStageNet(build_backbone("efficientnet_lite0"), 20, channels).to(bench.device)
+    model = SingleStageNet(build_backbone(backbone), 20, channels).to(bench.device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
     freeze(model)
     model.train()
     freeze_norm_statistics(model)
@@ -56,9 +60,9 @@ def test_training_step(bench: Bench) -> None:
     def published_pamr(small: Tensor, masks: Tensor) -> Tensor:
         return published.pamr(small, masks, DILATIONS, NUM_ITER)
 
-    size = f"{batch}x3x{crop}x{crop}"
+    title, size = f"training step, {backbone}", f"{batch}x3x{crop}x{crop}"
     present = torch.cat([torch.ones_like(labels[:, :1]), labels], dim=1) > 0  # as in the training
     ours: Refine = partial(pamr, num_iter=NUM_ITER, dilations=DILATIONS, classes=present)
     competitors = {"with our PAMR": partial(step, ours), "with the published PAMR": partial(step, published_pamr)}
-    bench.compare("training step", size, competitors, tolerance=1e-2)
-    bench.compare("training step", size, {"without PAMR": partial(step, None)})
+    bench.compare(title, size, competitors, tolerance=1e-2)
+    bench.compare(title, size, {"without PAMR": partial(step, None)})
