@@ -36,7 +36,7 @@ from benchmarks.voc_protocol import PROTOCOLS, Choice, ColumnName, Cut, Grid, Pr
 from wsseg_layers import __version__
 
 ANIMALS = ("background", "cat", "cow", "dog", "horse", "person", "sheep")
-PACKAGES = ("torch", "kornia", "accelerate", "pillow")
+PACKAGES = ("kornia", "accelerate", "pillow")  # beside torch, whose own version names its build
 
 MIN_PROBABILITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
 
@@ -281,4 +281,4 @@ def machine() -> str:
 def versions() -> str:
     """Return the versions of Python, of this library and of what it runs on."""
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return f"Python {platform.python_version()}, {packages}, wsseg_layers {__version__}."
+    return f"Python {platform.python_version()}, torch {torch.__version__}, {packages}, wsseg_layers {__version__}."
