@@ -102,8 +102,8 @@ class Ablation:
 
     table: Literal["1a", "1b", "1c", "7", "photographs"]
     """Tables of the paper, 1a: focal size penalty; 1b: PAMR's kernel; 1c: stochastic gate; 7: PAMR's iterations.
-    photographs: the preset of this name, with one ingredient changed per row. The tables of the paper need --preset paper,
-    --backbone and --weights, too: otherwise their rows change the preset that train_voc.py takes."""
+    photographs: the preset of this name, with one ingredient changed per row. The tables of the paper also need
+    --preset paper, --backbone and --weights: otherwise their rows change the preset that train_voc.py takes."""
 
     output: Path = Path("runs/ablation")
     """Folder for the runs and the table."""

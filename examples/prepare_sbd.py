@@ -25,7 +25,7 @@ class Arguments:
     """Root of Pascal VOC 2012 (.../VOCdevkit/VOC2012)."""
 
     sbd_root: Annotated[Positional[Path], arg(metavar="SBD_ROOT")]
-    """Root of SBD, with cls/*.mat, img/*.jpg, train.txt and val.txt, or the folder benchmark_RELEASE that contains it."""
+    """Root of SBD, with cls/*.mat, img/*.jpg, train.txt and val.txt, or the folder benchmark_RELEASE around it."""
 
     output: Path
     """VOC_ROOT itself, or the folder of a new data set."""

@@ -31,7 +31,7 @@ class Settings:
 
     preset: Literal["auto", "toy", "photographs", "paper"] = "auto"
     """The source of the other defaults: `toy` (small, drawn data), `photographs` (a laptop), `paper` (section 4.1, a
-    GPU; give --backbone and --weights, else it takes EfficientNet-Lite0); `auto` is `toy` without --data and `photographs` with it."""
+    GPU; it takes EfficientNet-Lite0 unless --backbone is given); `auto` is `toy` without --data, else `photographs`."""
 
     output: Path = Path("runs/voc")
     """Folder for checkpoints, table, plot, overlays and TensorBoard's files."""
