@@ -68,6 +68,14 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
                 bench.rows = [replace(row, kept=kept.get(row.key, ())) for row in bench.rows]
             else:
                 session.exitstatus = child.returncode
+    bench.is_complete = bench.mode == "full" and session.exitstatus == 0 and is_whole(session)
+
+
+def is_whole(session: pytest.Session) -> bool:
+    """Return whether all benchmarks were collected."""
+    files = {item.path for item in session.items}
+    selects = session.config.option.keyword or any("::" in argument for argument in session.config.args)
+    return not selects and files >= set(Path(__file__).parent.glob("test_*.py"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -6,7 +6,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ Function = Callable[[], Any]
 SECONDS = {"smoke": 0.0, "quick": 0.3, "full": 1.0}  # for each competitor, its first call aside
 FEWEST_CALLS = {"smoke": 0, "quick": 1, "full": 5}
 MOST_CALLS = 50
-MOST_SECONDS = 10.0  # no further call after these, however few there were
+MOST_SECONDS = 20.0  # no further call after these, however few there were
 
 # The C library gives large blocks back to the system when they are freed, and each new block is filled with zeros page
 # by page when it is first touched. With these variables a process keeps what it has.
@@ -82,6 +82,7 @@ class Bench:
         keeps_memory: whether this process was started with `KEEP_MEMORY`.
         rows: what was measured.
         notes: what was measured and is no row.
+        is_complete: whether a full run has ended, with all benchmarks and without an error.
         say: called with each line that is shown at once.
     """
 
@@ -89,6 +90,7 @@ class Bench:
     keeps_memory: bool = False
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    is_complete: bool = False
     say: Callable[[str], object] = print
 
     @property
@@ -119,7 +121,8 @@ class Bench:
         competitors: Mapping[str, Function],
         tolerance: float | None = 1e-4,
         bound: float | None = None,
-        **values: float,
+        unchecked: Collection[str] = (),
+        values: Mapping[str, float] | None = None,
     ) -> None:
         """Check that all return what the first one returns, then time them in turn.
 
@@ -129,9 +132,12 @@ class Bench:
             competitors: functions without arguments, the first one ours.
             tolerance: relative and absolute tolerance of the results; None checks nothing.
             bound: seconds that the hardware needs at least, for the competitors whose names start with "ours".
+            unchecked: names of competitors that compute something else.
             values: the numbers that the size consists of, for the plots.
         """
         results = {name: function() for name, function in competitors.items()}
+        for name in unchecked:
+            del results[name]
         first, *others = results.values()
         for other in others if tolerance is not None else ():
             torch.testing.assert_close(other, first, rtol=tolerance, atol=tolerance)
@@ -154,7 +160,7 @@ class Bench:
                     del waiting[name]
         for name in competitors:
             own_bound = bound if name.startswith("ours") else None
-            row = Row(title, size, name, tuple(seconds[name]), memory[name], values, own_bound)
+            row = Row(title, size, name, tuple(seconds[name]), memory[name], values or {}, own_bound)
             self.rows.append(row)
             kept = " with memory kept" if self.keeps_memory else ""
             self.say(f"{title:30} {size:16} {name:28} {row.median * 1e3:10.3f} ms{kept}")

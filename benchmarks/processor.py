@@ -3,8 +3,10 @@
 import ctypes
 import functools
 import math
+import os
 import platform
-import shutil
+import shlex
+import statistics
 import subprocess
 import tempfile
 import time
@@ -41,24 +43,24 @@ def clock() -> float | None:
     Systems report a nominal clock, and virtual machines another one than the processor runs at. A chain of dependent
     instructions takes a known number of cycles.
     """
-    if platform.machine() not in CHAINS or shutil.which("c++") is None:
-        return None
-    instruction, cycles = CHAINS[platform.machine()]
-    return cycles * instructions_per_second(instruction)
+    instruction, cycles = CHAINS.get(platform.machine(), (None, 0))
+    per_second = None if instruction is None else instructions_per_second(instruction)
+    return None if per_second is None else cycles * per_second
 
 
 @functools.cache
 def loads_per_cycle() -> int | None:
     """Return how many vector registers a thread can load per cycle; None where it cannot be measured."""
     load = LOADS.get((platform.machine(), register_bytes()))
+    per_second = None if load is None else instructions_per_second(load)
     cycles_per_second = clock()
-    if load is None or cycles_per_second is None:
+    if per_second is None or cycles_per_second is None:
         return None
-    return max(1, round(instructions_per_second(load) / cycles_per_second))
+    return max(1, round(per_second / cycles_per_second))
 
 
-def instructions_per_second(instruction: str) -> float:
-    """Return how often a thread executes an instruction per second, with all threads busy.
+def instructions_per_second(instruction: str) -> float | None:
+    """Return how often a thread executes an instruction per second, with all threads busy; None without a compiler.
 
     The instruction may use %0, an integer register, and %1, the address of 64 bytes that begin a cache line.
     """
@@ -69,9 +71,13 @@ def instructions_per_second(instruction: str) -> float:
     )
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "run.so")
-        command = ["c++", "-O2", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
-        subprocess.run(command, input=source, text=True, check=True, capture_output=True)
-        run = ctypes.CDLL(str(library)).run
+        flags = ["-O2", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+        try:
+            command = [*shlex.split(os.environ.get("CXX", "c++")), *flags]
+            subprocess.run(command, input=source, text=True, check=True, capture_output=True)
+            run = ctypes.CDLL(str(library)).run
+        except (subprocess.CalledProcessError, OSError):
+            return None
     run.argtypes, run.restype = (ctypes.c_long,), ctypes.c_long
     turns = 200_000
 
@@ -81,8 +87,8 @@ def instructions_per_second(instruction: str) -> float:
         return turns * STEPS / (time.perf_counter() - started)
 
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads) as pool:
-        return max(pool.map(frequency, range(20 * threads)))  # other processes only make it look slower
+    with ThreadPoolExecutor(threads) as pool:  # other processes only make it look slower, so the best round counts
+        return max(statistics.fmean(pool.map(frequency, range(threads))) for _ in range(20))
 
 
 def load_bound(shape: Sequence[int], neighbours: int, num_iter: int) -> float | None:

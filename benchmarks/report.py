@@ -28,9 +28,8 @@ LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
 
 def write_report(bench: Bench) -> Path:
-    """Write `<device>.md`, `.csv` and `.png`, and return their folder; quick and partial runs have one of their own."""
-    complete = bench.mode == "full" and {row.title for row in bench.rows} >= set(README_TITLES)
-    folder = RESULTS if complete else RESULTS / "quick"
+    """Write `<device>.md`, `.csv` and `.png`, and return their folder: one of its own unless the run is complete."""
+    folder = RESULTS if bench.is_complete else RESULTS / "quick"
     folder.mkdir(parents=True, exist_ok=True)
     name = bench.device.type
     bandwidth = copy_bandwidth(bench.device)
@@ -45,7 +44,7 @@ def write_report(bench: Bench) -> Path:
             memory = "" if row.memory_mib is None else str(row.memory_mib)  # the README rounds it
             writer.writerow([*row.key, *summary(row.seconds), *summary(row.kept), bound, memory])
     plot(bench, bandwidth).savefig(folder / f"{name}.png", dpi=100)
-    if complete and name == "cpu":
+    if bench.is_complete and name == "cpu":
         update_readme()
     return folder
 
@@ -112,9 +111,8 @@ def readme_text(rows: Sequence[Row]) -> str:
         )
     else:
         sentences.append(
-            "These times are with the default allocator of the C library: the published form spends most of its time"
-            "\non memory that is returned to the system and requested again. Its ratio is several times smaller in a"
-            "\nprocess that keeps its memory."
+            "These times are with the default allocator of the C library. In a process that keeps its memory, the"
+            "\nratio of the published form can be much smaller."
         )
     return "\n".join([*sentences, "", *lines])
 
@@ -239,8 +237,6 @@ def bound_text(device: torch.device) -> str:
             '"Of the bound": the time that moving the weights and twice the masks in float32 takes at the speed of a\n'
             "copy, as a fraction of the measured time."
         )
-    if loads_per_cycle() is None:
-        return '"Of the bound" is empty: it needs a C++ compiler, and a processor of x86-64 or ARM.'
     return (
         '"Of the bound": the time that the load ports need for the propagation, as a fraction of the measured time.\n'
         "In each iteration each pixel reads 48 x (classes + 1) values.\n"

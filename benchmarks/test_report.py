@@ -55,8 +55,25 @@ def test_a_part_of_the_benchmarks_does_not_replace_the_results(monkeypatch: pyte
     assert not (tmp_path / "README.md").exists()
 
 
-def test_clock_and_loads_are_measured_together() -> None:
-    assert (processor.clock() is None) == (processor.loads_per_cycle() is None)
+def test_a_complete_run_replaces_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text(f"before\n{report.README_START}\nold\n{report.README_END}\nafter\n")
+    assert write_report(Bench("full", rows=[OURS, PEER], is_complete=True)) == tmp_path
+    readme = (tmp_path / "README.md").read_text()
+    assert "The published form of PAMR takes 25" in readme
+    assert "old" not in readme
+
+
+def test_clock_and_loads() -> None:
+    loads, cycles_per_second = processor.loads_per_cycle(), processor.clock()
+    assert (loads is None) == (cycles_per_second is None)
+    assert loads is None or loads in range(1, 9)
+
+
+def test_nothing_is_measured_without_a_compiler_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    assert processor.instructions_per_second("nop") is None
 
 
 def test_load_bound(monkeypatch: pytest.MonkeyPatch) -> None:

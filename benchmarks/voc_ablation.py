@@ -4,7 +4,7 @@
 
 VOC_ROOT is a data set in VOC's layout, whose images of the split `train` have masks. Each row is trained with one
 ingredient changed, as by `examples/ablate_voc.py --table photographs`. What is chosen at test time is chosen for every
-row, on masks of the training split; the validation split is read for the table only. Finished parts are not computed
+row, on masks of the training split; none is chosen on the validation split. Finished parts are not computed
 again: repeat the command until the table is complete. With --records, runs that were made on another machine are not
 repeated either. All other arguments are passed to examples/train_voc.py, for every row.
 """

@@ -45,7 +45,7 @@ def make_page(
         rows = choose_rows(runs)
         if not runs.seeds:
             raise ValueError("--seeds needs at least one value")
-        runs, data, others = prepare(runs, root, others)
+        runs, data, others = prepare(runs, root, others, rows.values())
         results = {
             name: [run_one(runs, data, name, method, seed, others) for seed in runs.seeds]
             for name, method in rows.items()

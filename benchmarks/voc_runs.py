@@ -8,7 +8,7 @@ import json
 import platform
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -42,6 +42,7 @@ MIN_PROBABILITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 # They do not change what is trained, and the protocol does not use them.
 FREE_SETTINGS = ("resume", "device", "workers", "refine", "background_power", "min_probability")
+PLACES = ("data", "labels", "output", "keep_checkpoints")  # the data are compared by `fingerprint`
 
 # A training that takes seconds.
 SMOKE = shlex.split(
@@ -112,30 +113,56 @@ class Unfinished(Exception):  # noqa: N818  # not an error
         self.code = code
 
 
-def prepare(runs: RunsT, root: Path | None, others: Sequence[str]) -> tuple[RunsT, Path, list[str]]:
-    """Return the arguments, the root of the data, and the other arguments of every training; wrong ones are errors."""
+def prepare(
+    runs: RunsT, root: Path | None, others: Sequence[str], rows: Collection[Method]
+) -> tuple[RunsT, Path, list[str]]:
+    """Return the arguments, the root of the data, and the other arguments of every training; wrong ones are errors.
+
+    Missing masks and labels are reported here, before hours of training.
+    """
     if runs.smoke:
         data = toy_voc(runs.output / "data", num_train=8, num_val=2)
         classes = ("background", *read_classes(data))
         return replace(runs, table_classes=classes, page=runs.output / runs.page.name), data, [*SMOKE, *others]
     if root is None:
         raise ValueError("VOC_ROOT is missing: give the root of the data set first, or --smoke")
-    for split in ("train", "val"):  # what is missing is reported before hours of training
-        load_split_with_masks(root, read_split(root, split), read_classes(root))
     labels = root / "image_labels.txt"
     if runs.labels is None and labels.is_file():
         runs = replace(runs, labels=labels)
+    classes = read_classes(root)
+    needs_all_masks = any("masks" in method.arguments for method in rows)
+    for names, has_masks in (
+        (read_split(root, "train"), True),
+        (read_split(root, "val"), True),
+        (read_split(root, *TRAINING_SPLITS), needs_all_masks),
+    ):
+        find_labels(root, names, classes, runs.labels)
+        if has_masks:
+            load_split_with_masks(root, names, classes)
     return runs, root, list(others)
 
 
 def run_one(runs: Runs, data: Path, name: str, method: Method, seed: int, others: Sequence[str]) -> Measured:
     """Return the numbers of one network, from its record or after `train_and_measure`."""
     folder = runs.output / f"{slug(name).lower()}_{seed}"
-    arguments = ["--data", str(data), *others, *method.arguments, "--seed", str(seed), "--output", str(folder)]
+    arguments = [
+        "--data",
+        str(data),
+        "--refine",
+        "none",
+        *others,
+        *method.arguments,
+        "--seed",
+        str(seed),
+        "--output",
+        str(folder),
+    ]
     if runs.labels is not None:
         arguments += ["--labels", str(runs.labels)]
     arguments += ["--table-classes", *runs.table_classes]
     settings = parse_arguments(arguments)
+    if settings.resume is not None:
+        raise ValueError("--resume is not for this command, which resumes by itself: repeat it")
     if settings.checkpoint != "last":
         raise ValueError("--checkpoint best chooses an epoch on validation images: the protocol takes the last one")
     question = {
@@ -174,13 +201,15 @@ def train_and_measure(
     rows = class_indices(runs.table_classes, ("background", *read_classes(data)), source="--table-classes")
     started = (folder / "settings.json").is_file()
     if started:
-        check_same_run(folder, settings, FREE_SETTINGS)
+        check_same_run(folder, settings, (*FREE_SETTINGS, *PLACES, "table_classes", "curve_images"))
     data_file = folder / "data.txt"
     if data_file.is_file() and data_file.read_text() != question["data"]:
         raise ValueError(f"the run in {folder} was trained on other images or labels: give another --output")
     folder.mkdir(parents=True, exist_ok=True)
     write_text_whole(data_file, question["data"])
     if not (folder / "iou.csv").is_file():
+        for file in ("choices.json", "measured.json"):  # of an earlier training
+            (folder / file).unlink(missing_ok=True)
         print(f"\n{name}, seed {seed}: python examples/train_voc.py {shlex.join(arguments)}", flush=True)
         with stopwatch(folder / "training_seconds.txt"):
             code = train_main([*arguments, *(["--resume", str(folder)] if started else [])])
@@ -215,8 +244,7 @@ def train_and_measure(
 
 def settings_of_training(settings: Settings) -> dict[str, Any]:
     """Return the settings that change what is trained, without those that name a place."""
-    places = ("data", "labels", "output", "keep_checkpoints")
-    return {key: value for key, value in settings.to_json().items() if key not in (*FREE_SETTINGS, *places)}
+    return {key: value for key, value in settings.to_json().items() if key not in (*FREE_SETTINGS, *PLACES)}
 
 
 def fingerprint(data: Path, labels: Path | None) -> str:

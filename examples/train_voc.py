@@ -25,7 +25,7 @@ from voc.dataset.layout import class_indices
 from voc.dataset.splits import Sample, VOCDataset
 from voc.dataset.transforms import TrainTransform
 from voc.evaluation.metrics import mean_iou
-from voc.evaluation.network import cam_backgrounds, draw, evaluate, evaluate_pseudo_labels
+from voc.evaluation.network import cam_backgrounds, draw, evaluate, evaluate_pseudo_labels, evaluate_quickly
 from voc.evaluation.report import Report
 from voc.files.whole import write_text_whole
 from voc.model import Network, build_model
@@ -135,6 +135,7 @@ def train(state: TrainingState, data: TrainingData) -> None:
     uses the self-supervised segmentation loss.
     """
     settings, accelerator = state.settings, state.accelerator
+    accelerator.free_memory()  # of the network before
     model, optimizer = accelerator.prepare(state.network, state.optimizer)
     curve_set = VOCDataset(data.test.split.first(settings.curve_images))
     writer = SummaryWriter(str(settings.output / "tensorboard" / settings.model)) if state.group.rank == 0 else None
@@ -179,14 +180,15 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Return the figures of an epoch for masks, classification and pseudo labels, and the figures per class [C]."""
     settings, device = state.settings, state.accelerator.device
-    found = evaluate(state.result, curve_set, settings, device, state.group, scales=(1.0,), flip=False)
+    found = evaluate_quickly(state.result, curve_set, data.train_with_masks, settings, device, state.group)
+    (iou,) = found.iou.values()
     per_class = {"average precision": found.average_precision}
-    figures = {"miou": max(map(mean_iou, found.iou.values())), "map": mean_iou(found.average_precision)}
+    figures = {"miou": mean_iou(iou), "map": mean_iou(found.average_precision)}
     if measures_pseudo_labels(state, data) and state.epoch >= settings.classification_epochs:
         quality = evaluate_pseudo_labels(state.result, data.train_with_masks, settings, device, state.group)
         per_class["pseudo label iou"] = quality.iou[1:]
         figures |= {"pseudo label miou": mean_iou(quality.iou), "pseudo label coverage": quality.coverage}
-    if settings.checkpoint == "best" and (settings.model == "cam" or not settings.only_classifies(state.epoch)):
+    if settings.checkpoint == "best" and settings.may_be_best(state.epoch):
         figures[HELD_OUT_LOSS] = held_out_loss(state, data.test)
     return {name: figure for name, figure in figures.items() if math.isfinite(figure)}, per_class
 

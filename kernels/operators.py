@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import is_fake
 
 from wsseg_layers._checks import (
     check_choice,
@@ -208,7 +208,7 @@ def is_mapped(tensor: Tensor) -> bool:
 
 def hides_values(tensor: Tensor) -> bool:
     """Return whether Python cannot read a tensor's values: it is traced, mapped by torch.vmap, or fake."""
-    return is_traced() or is_mapped(tensor) or isinstance(tensor, FakeTensor)
+    return is_traced() or is_mapped(tensor) or is_fake(tensor)
 
 
 def batch_first(x: Tensor, dim: int | None, size: int) -> Tensor:

