@@ -148,7 +148,8 @@ def argument_table(results: Results) -> str:
 def missing_rows(results: Results) -> str:
     """Return a paragraph that names the rows without results, empty if there are none."""
     missing = [name for name in INGREDIENTS if name not in results]
-    return "\n\n" + textwrap.fill(f"Not measured: {'; '.join(missing)}.", 120) if missing else ""
+    text = textwrap.fill(f"Not measured: {'; '.join(missing)}.", 120, break_on_hyphens=False)
+    return f"\n\n{text}" if missing else ""
 
 
 if __name__ == "__main__":
