@@ -43,8 +43,10 @@ def clock() -> float | None:
     Systems report a nominal clock, and virtual machines another one than the processor runs at. A chain of dependent
     instructions takes a known number of cycles.
     """
-    instruction, cycles = CHAINS.get(platform.machine(), (None, 0))
-    per_second = None if instruction is None else instructions_per_second(instruction)
+    if platform.machine() not in CHAINS:
+        return None
+    instruction, cycles = CHAINS[platform.machine()]
+    per_second = instructions_per_second(instruction)
     return None if per_second is None else cycles * per_second
 
 
@@ -60,9 +62,10 @@ def loads_per_cycle() -> int | None:
 
 
 def instructions_per_second(instruction: str) -> float | None:
-    """Return how often a thread executes an instruction per second, with all threads busy; None without a compiler.
+    """Return how often a thread executes an instruction per second, with all threads busy.
 
-    The instruction may use %0, an integer register, and %1, the address of 64 bytes that begin a cache line.
+    Return None if no compiler works. The instruction may use %0, an integer register, and %1, the address of 64 bytes
+    that begin a cache line.
     """
     body = f'__asm__ volatile("{instruction}" : "+r"(x) : "r"(line) : "{CLOBBERED[platform.machine()]}");' * STEPS
     source = (

@@ -148,8 +148,9 @@ def argument_table(results: Results) -> str:
 def missing_rows(results: Results) -> str:
     """Return a paragraph that names the rows without results, empty if there are none."""
     missing = [name for name in INGREDIENTS if name not in results]
-    text = textwrap.fill(f"Not measured: {'; '.join(missing)}.", 120, break_on_hyphens=False)
-    return f"\n\n{text}" if missing else ""
+    if not missing:
+        return ""
+    return "\n\n" + textwrap.fill(f"Not measured: {'; '.join(missing)}.", 120, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,9 @@ PACKAGES = ("kornia", "accelerate", "pillow")  # beside torch, whose own version
 MIN_PROBABILITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 # They do not change what is trained, and the protocol does not use them.
-FREE_SETTINGS = ("resume", "device", "workers", "refine", "background_power", "min_probability")
-PLACES = ("data", "labels", "output", "keep_checkpoints")  # the data are compared by `fingerprint`
+FREE_SETTINGS = ("resume", "device", "workers", "keep_checkpoints", "refine", "background_power", "min_probability")
+PLACES = ("data", "labels", "output")  # the data are compared by `fingerprint`
+TABLE_SETTINGS = ("table_classes", "curve_images")  # they change what a training reports, not what it trains
 
 # A training that takes seconds.
 SMOKE = shlex.split(
@@ -129,34 +130,18 @@ def prepare(
     labels = root / "image_labels.txt"
     if runs.labels is None and labels.is_file():
         runs = replace(runs, labels=labels)
-    classes = read_classes(root)
-    needs_all_masks = any("masks" in method.arguments for method in rows)
-    for names, has_masks in (
-        (read_split(root, "train"), True),
-        (read_split(root, "val"), True),
-        (read_split(root, *TRAINING_SPLITS), needs_all_masks),
-    ):
-        find_labels(root, names, classes, runs.labels)
-        if has_masks:
-            load_split_with_masks(root, names, classes)
+    for split in ("train", "val"):
+        load_set(root, split, runs.labels)
+    if any("masks" in method.arguments for method in rows):  # trained on masks
+        load_split_with_masks(root, read_split(root, *TRAINING_SPLITS), read_classes(root))
     return runs, root, list(others)
 
 
 def run_one(runs: Runs, data: Path, name: str, method: Method, seed: int, others: Sequence[str]) -> Measured:
     """Return the numbers of one network, from its record or after `train_and_measure`."""
     folder = runs.output / f"{slug(name).lower()}_{seed}"
-    arguments = [
-        "--data",
-        str(data),
-        "--refine",
-        "none",
-        *others,
-        *method.arguments,
-        "--seed",
-        str(seed),
-        "--output",
-        str(folder),
-    ]
+    arguments = ["--data", str(data), "--refine", "none", *others, *method.arguments]
+    arguments += ["--seed", str(seed), "--output", str(folder)]
     if runs.labels is not None:
         arguments += ["--labels", str(runs.labels)]
     arguments += ["--table-classes", *runs.table_classes]
@@ -201,7 +186,7 @@ def train_and_measure(
     rows = class_indices(runs.table_classes, ("background", *read_classes(data)), source="--table-classes")
     started = (folder / "settings.json").is_file()
     if started:
-        check_same_run(folder, settings, (*FREE_SETTINGS, *PLACES, "table_classes", "curve_images"))
+        check_same_run(folder, settings, (*FREE_SETTINGS, *PLACES, *TABLE_SETTINGS))
     data_file = folder / "data.txt"
     if data_file.is_file() and data_file.read_text() != question["data"]:
         raise ValueError(f"the run in {folder} was trained on other images or labels: give another --output")
@@ -221,12 +206,14 @@ def train_and_measure(
 
     def choose() -> Any:
         chosen = voc_protocol.choose(
-            network(), load_set(settings, data, "train"), settings.scales, method.grid, runs.columns, rows
+            network(), load_set(data, "train", runs.labels), settings.scales, method.grid, runs.columns, rows
         )
         return {protocol: choice._asdict() for protocol, choice in chosen.items()}
 
     def measure() -> Any:
-        found = voc_protocol.measure(network(), load_set(settings, data, "val"), settings.scales, choices, runs.columns)
+        found = voc_protocol.measure(
+            network(), load_set(data, "val", runs.labels), settings.scales, choices, runs.columns
+        )
         return {protocol: {column: iou.tolist() for column, iou in by.items()} for protocol, by in found.items()}
 
     print(f"{name}, seed {seed}: choices on the training split, then the validation split", flush=True)
@@ -255,12 +242,12 @@ def fingerprint(data: Path, labels: Path | None) -> str:
     return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
 
-def load_set(settings: Settings, data: Path, split: str) -> VOCDataset:
+def load_set(data: Path, split: str, labels: Path | None) -> VOCDataset:
     """Return the images of a split, with masks and with the image-level labels of the training."""
     classes = read_classes(data)
     names = read_split(data, split)
-    labels = find_labels(data, names, classes, settings.labels)
-    return VOCDataset(replace(load_split_with_masks(data, names, classes), labels=labels))
+    with_masks = load_split_with_masks(data, names, classes)
+    return VOCDataset(replace(with_masks, labels=find_labels(data, names, classes, labels)))
 
 
 def load_choice(stored: Mapping[str, Any]) -> Choice:

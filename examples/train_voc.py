@@ -135,7 +135,7 @@ def train(state: TrainingState, data: TrainingData) -> None:
     uses the self-supervised segmentation loss.
     """
     settings, accelerator = state.settings, state.accelerator
-    accelerator.free_memory()  # of the network before
+    accelerator.free_memory()  # of the network that was trained before
     model, optimizer = accelerator.prepare(state.network, state.optimizer)
     curve_set = VOCDataset(data.test.split.first(settings.curve_images))
     writer = SummaryWriter(str(settings.output / "tensorboard" / settings.model)) if state.group.rank == 0 else None

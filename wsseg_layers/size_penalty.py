@@ -43,7 +43,7 @@ def focal_size_penalty(masks: Tensor, p: float = 3.0, lam: float = 0.01) -> Tens
     if 0 in masks.shape[2:]:
         raise ValueError(f"masks must have at least one pixel, got shape {list(masks.shape)}")
 
-    # Not `mean`, whose gradient is a tensor of the size of the masks; that of a sum is an expanded number per mask.
+    # A sum and a division, because the gradient of `mean` is a full tensor. That of a sum is one number per mask.
     height, width = masks.shape[2:]
     mean = masks.sum(dim=(2, 3), dtype=working_dtype(masks)) / (height * width)  # eq. 16
     rest = 1 - mean

@@ -185,6 +185,8 @@ def test_one_filter_for_many_calls() -> None:
     for channels in (4, 2, 1):
         expected = bilateral_filter(values[:, :channels], image, 2.9, 0.4, True, "cpp")
         assert torch.equal(made(values[:, :channels]), expected)
+    assert isinstance(made, lattice.Lattices)
+    assert 6 < made.count_vertices() <= 2 * 6 * 72
 
 
 @needs_compiler

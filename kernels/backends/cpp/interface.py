@@ -136,6 +136,8 @@ def _declare_lattice(library: ctypes.CDLL) -> None:
     library.lattices_new.argtypes = (pointer, pointer, number, number, number, real, real, number, number)
     library.lattices_free.argtypes = (pointer,)
     library.lattices_free.restype = None
+    library.lattices_vertices.argtypes = (pointer,)
+    library.lattices_vertices.restype = number
     for function in (library.lattices_filter_float, library.lattices_filter_double):
         function.argtypes = (pointer, pointer, pointer, *4 * (number,))
     library.lattices_mean_field.argtypes = (pointer, pointer, number, pointer, pointer, *4 * (number,))

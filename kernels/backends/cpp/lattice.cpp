@@ -782,6 +782,14 @@ int lattices_new(Lattices **result, const float *images, int64_t batch, int64_t 
 
 void lattices_free(Lattices *lattices) { delete lattices; }
 
+// The number of vertices of all lattices.
+int64_t lattices_vertices(const Lattices *lattices)
+{
+    int64_t count = 0;
+    for (const Lattice &lattice : *lattices) count += lattice.vertices;
+    return count;
+}
+
 int lattices_filter_float(const Lattices *lattices, const float *values, float *out, int64_t batch, int64_t channels,
                           int64_t transposed, int64_t threads)
 {

@@ -56,6 +56,10 @@ class Lattices:
         check_status(compute(self.pointer, values.data_ptr(), out.data_ptr(), *sizes), values, size)
         return out
 
+    def count_vertices(self) -> int:
+        """Return the number of vertices of all lattices."""
+        return int(self.library.lattices_vertices(self.pointer))
+
 
 def check_status(status: int, tensor: Tensor | None, size: Sequence[int]) -> None:
     """Raise the error that a function of lattice.cpp reports."""
