@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from wsseg_layers import GCI, FocalSizePenalty, StochasticGate, nGWPPool
 
+from .aspp import ASPP, conv_bn_relu
 from .backbones import Backbone, pretrained_backbone
 from .settings import Settings
 
@@ -25,54 +26,6 @@ class Output(NamedTuple):
 def resize(x: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Resize bilinearly, corners aligned, as everywhere inside the network."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=True)
-
-
-def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> nn.Sequential:
-    """Return convolution (same size), BatchNorm, ReLU."""
-    padding = dilation * (kernel_size // 2)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )
-
-
-class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: 1x1, three dilated 3x3 and the image's mean, joined by a 1x1 convolution.
-
-    Args:
-        in_channels: the channels of the backbone's last features.
-        out_channels: the channels of every branch, and of the result.
-        dilations: those of the 3x3 convolutions.
-        image_pool: use the mean of the image.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        dilations: tuple[int, ...] = (12, 24, 36),
-        image_pool: bool = True,
-    ) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(
-            [conv_bn_relu(in_channels, out_channels, 1)]
-            + [conv_bn_relu(in_channels, out_channels, 3, dilation) for dilation in dilations]
-        )
-        self.image_pool = None
-        if image_pool:
-            self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv_bn_relu(in_channels, out_channels, 1))
-        self.project = nn.Sequential(
-            conv_bn_relu(out_channels * (len(dilations) + 1 + image_pool), out_channels, 1),
-            nn.Dropout(0.5),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, in_channels, h, w] to [B, out_channels, h, w]."""
-        features = [branch(x) for branch in self.branches]
-        if self.image_pool is not None:
-            features.append(self.image_pool(x).expand(-1, -1, *x.shape[-2:]))  # [B, out_channels, h, w]
-        return self.project(torch.cat(features, dim=1))
 
 
 class SingleStageNet(nn.Module):

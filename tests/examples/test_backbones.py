@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from voc.backbones import (
     BACKBONES,
@@ -17,6 +18,7 @@ from voc.backbones import (
     build_backbone,
     pretrained_backbone,
 )
+from voc.backbones.resnet import Bottleneck
 
 EFFICIENTNETS = (EfficientNetLite0, EfficientNetLite1, EfficientNetLite2)
 
@@ -65,6 +67,35 @@ def test_resnet_has_the_names_of_torchvision() -> None:
         modules |= {f"layer{layer}.{index}.{name}" for index in range(count) for name in block}
         modules |= {f"layer{layer}.0.downsample.{i}" for i in (0, 1)}
     assert {key.rsplit(".", maxsplit=1)[0] for key in keys} == modules
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize("is_training", [False, True])
+def test_bottleneck_is_that_of_resnet(channels: int, stride: int, is_training: bool) -> None:
+    block = Bottleneck(8, channels, stride).double().train(is_training)
+    with torch.no_grad():
+        for key, tensor in block.state_dict().items():
+            if tensor.is_floating_point() and tensor.ndim == 1:  # of a BatchNorm
+                assert "bn" in key or "downsample.1" in key
+                tensor.uniform_(0.5, 2)
+    state = {key: tensor.clone() for key, tensor in block.state_dict().items()}
+
+    def layer(x: Tensor, conv: str, norm: str, stride: int = 1) -> Tensor:
+        weight = state[f"{conv}.weight"]
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+        mean, variance = (state[f"{norm}.running_{name}"] for name in ("mean", "var"))
+        return F.batch_norm(x, mean, variance, state[f"{norm}.weight"], state[f"{norm}.bias"], training=is_training)
+
+    image = torch.randn(2, 8, 5, 4, dtype=torch.float64)
+    out = layer(image, "conv1", "bn1").relu()
+    out = layer(layer(out, "conv2", "bn2", stride).relu(), "conv3", "bn3")
+    shortcut = image if (channels, stride) == (2, 1) else layer(image, "downsample.0", "downsample.1", stride)
+    given = image.clone()
+    torch.testing.assert_close(block(given), (out + shortcut).relu())
+    assert torch.equal(given, image)
+    for key, tensor in block.state_dict().items():  # the statistics, too
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, state[key])
 
 
 def torchvision_vgg16() -> dict[str, Tensor]:

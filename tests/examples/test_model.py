@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from voc.backbones import Backbone, EfficientNetLite0, build_backbone, normalise, pretrained_backbone
-from voc.backbones.efficientnet_lite import SameConv2d, conv_norm
+from voc.backbones.conv_norm import conv_norm
+from voc.backbones.efficientnet_lite import SameConv2d
 from voc.dataset.errors import DataError
 from voc.inference.masks import multi_scale_masks, segment
-from voc.model import ASPP, CAMNet, Network, SingleStageNet, build_model
+from voc.model import CAMNet, Network, SingleStageNet, build_model
 from voc.presets import PAPER
 from voc.train.optimizer import build_optimizer, freeze, freeze_norm_statistics
 
@@ -134,28 +135,6 @@ def test_parameter_groups_of_adamw(ours: SingleStageNet) -> None:
     assert set(rates) == {id(p) for p in ours.parameters() if p.requires_grad}
 
 
-def test_aspp_sees_the_whole_image() -> None:
-    aspp = ASPP(4, 6).eval()
-    x = torch.randn(1, 4, 9, 7, requires_grad=True)
-    out = aspp(x)
-    assert out.shape == (1, 6, 9, 7)
-    out[0, :, 0, 0].sum().backward()
-    assert x.grad is not None
-    assert x.grad[0, :, 8, 6].abs().max() > 0
-
-
-def test_aspp_without_the_mean_sees_as_far_as_its_dilations() -> None:
-    aspp = ASPP(4, 6, dilations=(1, 2, 3), image_pool=False).eval()
-    x = torch.randn(1, 4, 9, 8, requires_grad=True)
-    aspp(x)[0, :, 4, 4].sum().backward()
-    assert x.grad is not None
-    seen = x.grad[0].abs().amax(dim=0) > 0  # [9, 8]
-    rows, columns = torch.meshgrid(torch.arange(9) - 4, torch.arange(8) - 4, indexing="ij")
-    distance = torch.maximum(rows.abs(), columns.abs())
-    straight = (rows == 0) | (columns == 0) | (rows.abs() == columns.abs())
-    assert torch.equal(seen, straight & (distance <= 3))
-
-
 def test_settings_of_aspp_reach_the_network() -> None:
     def network(**changes: Any) -> Network:
         settings = replace(PAPER, channels=8, **changes)
@@ -175,6 +154,13 @@ def test_normalise() -> None:
     mean, std = torch.tensor(TinyBackbone.mean), torch.tensor(TinyBackbone.std)
     expected = (image.permute(0, 2, 3, 1) - mean) / std
     torch.testing.assert_close(normalise(image, TinyBackbone()).permute(0, 2, 3, 1), expected)
+
+
+def test_memory_format_of_images() -> None:
+    image = torch.rand(2, 3, 4, 5)
+    assert normalise(image, EfficientNetLite0()).is_contiguous(memory_format=torch.channels_last)
+    assert normalise(image, TinyBackbone()).is_contiguous()
+    assert TinyBackbone().memory_format(torch.device("cuda")) == torch.channels_last
 
 
 def test_multi_scale_masks_average(ours: SingleStageNet) -> None:

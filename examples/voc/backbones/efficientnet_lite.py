@@ -8,11 +8,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Backbone, WeightsError
+from .conv_norm import conv_norm
 from .phases import depthwise_by_phases
 
 BN_EPS = 1e-3
@@ -70,15 +70,6 @@ class SameConv2d(nn.Conv2d):
         return F.conv2d(F.pad(input, padding), weight, bias, self.stride, 0, self.dilation, self.groups)
 
 
-def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """Convolve and normalise. With fixed statistics this is one convolution, which saves two passes over the maps."""
-    if norm.training or norm.running_mean is None or norm.running_var is None:
-        return norm(conv(x))
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # [out_channels]
-    shift = norm.bias - norm.running_mean * scale
-    return conv._conv_forward(x, conv.weight * scale[:, None, None, None], shift)
-
-
 class InvertedResidual(nn.Module):
     """1x1 expansion, depthwise convolution, linear 1x1 projection; a residual where the shape allows it."""
 
@@ -121,6 +112,7 @@ class EfficientNetLite(Backbone):
     std = (128 / 255, 128 / 255, 128 / 255)
     conv3_channels = 24
     conv6_channels = 1280
+    channels_last_on_cpu = True
     # The paper has 12, 24, 36 on maps of 41 x 41. These have the same reach relative to the 13 x 13 of a crop of 193.
     aspp_dilations = (4, 8, 12)
 

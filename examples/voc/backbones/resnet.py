@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Backbone
+from .conv_norm import conv_norm
 
 EXPANSION = 4
 
@@ -22,7 +23,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.downsample: nn.Module = nn.Identity()
+        self.downsample: nn.Sequential | None = None
         if in_channels != out_channels or stride != 1:
             self.downsample = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
@@ -30,9 +31,11 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features of the next block."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
+        out = F.relu(conv_norm(x, self.conv1, self.bn1), inplace=True)
+        out = F.relu(conv_norm(out, self.conv2, self.bn2), inplace=True)
+        out = conv_norm(out, self.conv3, self.bn3)
+        out += x if self.downsample is None else conv_norm(x, *self.downsample)
+        return F.relu(out, inplace=True)
 
 
 class ResNet(Backbone):
@@ -63,7 +66,7 @@ class ResNet(Backbone):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Return (conv3 [B, 256, H/4, W/4], conv6 [B, 2048, H/16, W/16]) of a normalised image [B, 3, H, W]."""
-        x = F.relu(self.bn1(self.conv1(image)))
+        x = F.relu(conv_norm(image, self.conv1, self.bn1), inplace=True)
         conv3 = self.get_submodule("layer1")(F.max_pool2d(x, 3, 2, padding=1))
         x = conv3
         for layer in ("layer2", "layer3", "layer4"):

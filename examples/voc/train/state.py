@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from ..arguments import resumed_folder
@@ -32,7 +31,8 @@ class TrainingState:
         self.group = Group(accelerator.process_index, accelerator.num_processes)
         self.network = build_model(settings, len(classes))
         self.network.to(accelerator.device)
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
+        memory_format = self.network.backbone.memory_format(accelerator.device)
+        self.network.to(memory_format=memory_format)  # type: ignore[call-overload]  # not in the stubs
         freeze(self.network)
         if self.group.size > 1:
             share_batch_statistics(self.network)
