@@ -159,7 +159,8 @@ def test_normalise() -> None:
 def test_memory_format_of_images() -> None:
     image = torch.rand(2, 3, 4, 5)
     assert normalise(image, EfficientNetLite0()).is_contiguous(memory_format=torch.channels_last)
-    assert normalise(image, TinyBackbone()).is_contiguous()
+    assert normalise(image, TinyBackbone().train()).is_contiguous()
+    assert normalise(image, TinyBackbone().eval()).is_contiguous(memory_format=torch.channels_last)
     assert TinyBackbone().memory_format(torch.device("cuda")) == torch.channels_last
 
 
