@@ -97,6 +97,10 @@ def readme_text(rows: Sequence[Row]) -> str:
         published = [(row, ours) for row, ours in pairs[title] if row.competitor == "published"]
         if published:
             sentences.append(f"The published form of {title} takes {ratios(published)} times as long as ours.")
+    steps = [row for row in rows if row.title.startswith("training step")]
+    step_pairs = [(peer, row) for row in steps if row.competitor == "ours" and (peer := fastest_published(row, steps))]
+    if step_pairs:
+        sentences.append(f"A training step of the published network takes {ratios(step_pairs)} times as long as ours.")
     compiled_pairs = [(peer, group[0]) for group in groups if (peer := fastest_compiled(group))]
     if compiled_pairs:
         sentences.append(
@@ -119,8 +123,18 @@ def readme_text(rows: Sequence[Row]) -> str:
 
 def fastest_compiled(competitors: Sequence[Row]) -> Row | None:
     """Return the fastest compiled row of a size."""
-    compiled = [row for row in competitors if row.competitor.endswith(", compiled")]
-    return min(compiled, key=lambda row: row.kept_median or row.median, default=None)
+    return fastest([row for row in competitors if row.competitor.endswith(", compiled")])
+
+
+def fastest_published(ours: Row, rows: Sequence[Row]) -> Row | None:
+    """Return the fastest published row of the title and size of ours."""
+    same_size = [row for row in rows if (row.title, row.size) == (ours.title, ours.size)]
+    return fastest([row for row in same_size if row.competitor.startswith("published")])
+
+
+def fastest(rows: Sequence[Row]) -> Row | None:
+    """Return the fastest row, by the times with memory kept where there are any."""
+    return min(rows, key=lambda row: row.kept_median or row.median, default=None)
 
 
 def ratios(pairs: Sequence[tuple[Row, Row]]) -> str:

@@ -46,6 +46,17 @@ def test_readme_leads_with_the_ratio_of_kept_memory() -> None:
     assert second.startswith("The published form of pseudo labels takes 25 ")
 
 
+def test_readme_compares_training_steps_with_the_faster_published_one() -> None:
+    title = "training step, resnet50"
+    layouts = [
+        replace(PEER, title=title, competitor="published, contiguous", kept=(0.003,), seconds=(0.009,)),
+        replace(PEER, title=title, competitor="published, channels-last", kept=(0.0025,), seconds=(0.006,)),
+    ]
+    text = readme_text([OURS, PEER, replace(OURS, title=title), *layouts])
+    ratios = "1.25 (with the default allocator 3)"
+    assert f"A training step of the published network takes {ratios} times as long as ours." in text.splitlines()
+
+
 def test_a_part_of_the_benchmarks_does_not_replace_the_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
