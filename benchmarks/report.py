@@ -100,7 +100,7 @@ def readme_text(rows: Sequence[Row]) -> str:
     steps = [row for row in rows if row.title.startswith("training step")]
     step_pairs = [(peer, row) for row in steps if row.competitor == "ours" and (peer := fastest_published(row, steps))]
     if step_pairs:
-        sentences.append(f"A training step of the published network takes {ratios(step_pairs)} times as long as ours.")
+        sentences.append(f"A training step of the published network takes {ratios(step_pairs)} times\nas long as ours.")
     compiled_pairs = [(peer, group[0]) for group in groups if (peer := fastest_compiled(group))]
     if compiled_pairs:
         sentences.append(
