@@ -30,6 +30,7 @@ from voc.train.optimizer import build_optimizer, freeze, freeze_norm_statistics
 DILATIONS = (1, 2, 4, 8, 12, 24)
 NUM_ITER = 10
 Refine = Callable[[Tensor, Tensor], Tensor]
+FORMATS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
 FULL = {"efficientnet_lite0": (8, 193, 128), "resnet50": (4, 321, 256)}  # images, side of the crops, channels
 
 
@@ -78,10 +79,10 @@ def test_training_step(bench: Bench, backbone: str) -> None:
         model.decoder[-1].get_parameter("weight").mul_(20)
     coarse = torch.rand(batch, 3, 8, 8, device=bench.device)
     image = functional.interpolate(coarse, (crop, crop), mode="bilinear")
-    memory_format = model.backbone.memory_format(bench.device)
-    trainers = {one: Trainer(model, one) for one in (torch.contiguous_format, torch.channels_last)}
-    ours = trainers.pop(memory_format)
-    (other,) = trainers.values()
+    own_format = model.backbone.memory_format(bench.device)
+    own_name = next(name for name, memory_format in FORMATS.items() if memory_format == own_format)
+    other_name = next(name for name in FORMATS if name != own_name)
+    ours, other = (Trainer(model, FORMATS[name]) for name in (own_name, other_name))
     check_logits(ours, other, image)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -110,18 +111,17 @@ def test_training_step(bench: Bench, backbone: str) -> None:
         with published_operations():
             return step(trainer, theirs)
 
-    names = {torch.contiguous_format: "contiguous", torch.channels_last: "channels-last"}
     refine: Refine = partial(pamr, num_iter=NUM_ITER, dilations=DILATIONS, classes=present)
     theirs: Refine = partial(published.pamr, dilations=DILATIONS, num_iter=NUM_ITER)
     assert (pseudo_labels(refine, masks) != IGNORE).any()
     competitors = {
         "ours": partial(step, ours, refine),
         "ours, without PAMR": partial(step, ours, None),
-        f"published, {names[ours.memory_format]}": partial(published_step, ours),
-        f"published, {names[other.memory_format]}": partial(published_step, other),
+        f"published, {own_name}": partial(published_step, ours),
+        f"published, {other_name}": partial(published_step, other),
     }
     # Dropout and gate are drawn in the order of memory, so they differ between the formats.
-    unchecked = ["ours, without PAMR", f"published, {names[other.memory_format]}"]
+    unchecked = ["ours, without PAMR", f"published, {other_name}"]
     title, size = f"training step, {backbone}", f"{batch}x3x{crop}x{crop}"
     bench.compare(title, size, competitors, tolerance=1e-2, unchecked=unchecked)
 

@@ -1,10 +1,14 @@
 """Atrous spatial pyramid pooling, whose dilations may be as large as the map."""
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_SHARE = 0.6  # of products that are not with the padding; below it, `conv_by_taps` takes less time
+# Convolutions with a smaller share of products inside the map run as `conv_by_taps`. Their forward and backward passes
+# then take between 4 % more and 89 % less time (AMD EPYC, family 25, model 17, AVX2).
+MAX_SHARE = 0.6
 
 
 class WideConv2d(nn.Conv2d):
@@ -21,8 +25,7 @@ class WideConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve, on a CPU by taps if this saves enough."""
         dilation = self.dilation[0]
-        share = share_inside(input.shape[-2:], self.kernel_size[0], dilation)
-        if input.is_cpu and share < MAX_SHARE:
+        if input.is_cpu and share_inside(input.shape[-2:], self.kernel_size[0], dilation) < MAX_SHARE:
             return conv_by_taps(input, weight, dilation)
         return super()._conv_forward(input, weight, bias)
 
@@ -31,8 +34,8 @@ def share_inside(size: torch.Size, kernel_size: int, dilation: int) -> float:
     """Return the share of a convolution's products that are not with the padding, for maps of the size (H, W)."""
     share = 1.0
     for side in size:
-        inside = [max(0, side - abs(offset) * dilation) for offset in offsets(kernel_size)]
-        share *= sum(inside) / (side * kernel_size)
+        products = sum(max(0, side - abs(offset) * dilation) for offset in offsets(kernel_size))
+        share *= products / (side * kernel_size)
     return share
 
 
@@ -55,18 +58,20 @@ def conv_by_taps(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
         [B, K, H, W].
     """
     height, width = x.shape[-2:]
-    kernel_size = weight.shape[-1]
-    taps = weight.flatten(2).unbind(2)  # k * k of [K, C]
-    centre = len(taps) // 2
-    out = F.conv2d(x, taps[centre][:, :, None, None])
-    positions = [(dilation * i, dilation * j) for i in offsets(kernel_size) for j in offsets(kernel_size)]
-    for index, (tap, (down, right)) in enumerate(zip(taps, positions, strict=True)):
-        if index == centre or abs(down) >= height or abs(right) >= width:
-            continue
-        read = x[:, :, max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)]
-        written = out[:, :, max(0, -down) : height + min(0, -down), max(0, -right) : width + min(0, -right)]
-        written += F.conv2d(read, tap[:, :, None, None])
+    shifts = [dilation * offset for offset in offsets(weight.shape[-1])]
+    taps = dict(zip(product(shifts, shifts), weight.flatten(2).unbind(2), strict=True))  # k * k of [K, C]
+    out = F.conv2d(x, taps.pop((0, 0))[:, :, None, None])
+    for (down, right), tap in taps.items():
+        if abs(down) < height and abs(right) < width:
+            read = x[:, :, inside(height, down), inside(width, right)]
+            written = out[:, :, inside(height, -down), inside(width, -right)]
+            written += F.conv2d(read, tap[:, :, None, None])
     return out
+
+
+def inside(side: int, shift: int) -> slice:
+    """Return the positions that stay inside a side when they are moved back by a shift, which is less than the side."""
+    return slice(max(0, shift), side + min(0, shift))
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> nn.Sequential:
