@@ -1,4 +1,4 @@
-"""Other ways to propagate on a CPU without a [B, C, N, H, W] stack, beside which those of the library were chosen.
+"""Alternatives to the library's propagation on a CPU, for comparison. None builds a [B, C, N, H, W] stack.
 
 All take masks [B, C, H, W] and the affinity [B, N, H, W], and return the refined masks; the sparse matrix takes one
 image.
@@ -83,5 +83,5 @@ def compiled_affinity(image: Tensor, dilations: Sequence[int]) -> Tensor:
 
 
 def interleaved_pamr(image: Tensor, mask: Tensor, dilations: Sequence[int], num_iter: int) -> Tensor:
-    """Return the refined mask: the fastest form for `torch.compile` on a CPU that was found."""
+    """Return the refined mask, by the fastest form found for `torch.compile` on a CPU."""
     return interleaved_rows(mask, compiled_affinity(image, dilations), dilations, num_iter)

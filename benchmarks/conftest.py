@@ -1,4 +1,4 @@
-"""Options of the benchmarks: without any, each file is a quick test that all competitors compute the same."""
+"""Options of the benchmarks. Without any, each file only checks that all competitors compute the same."""
 
 import getpass
 import json
@@ -16,6 +16,7 @@ from benchmarks.measure import KEEP_MEMORY, Bench, Mode
 from benchmarks.report import write_report
 
 BENCH = pytest.StashKey[Bench]()
+DESELECTED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,11 +31,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if (full or quick) and config.getoption("numprocesses", None):
         raise pytest.UsageError("benchmarks run alone, one after the other: leave out -n")
     if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
-        # PyTorch's cache of compiled code does not tell instruction sets apart: code for others returned NaN (2.13).
+        # The cache of `torch.compile` does not distinguish instruction sets. With PyTorch 2.13, code that was compiled
+        # for another set returned NaN.
         folder = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{capability}")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     mode: Mode = "full" if full else "quick" if quick else "smoke"
     config.stash[BENCH] = Bench(mode, keeps_memory=bool(config.getoption("--benchmark-kept", None)))
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Remember that tests were left out, as by `-k`, `-m` or `--deselect`."""
+    if items:
+        items[0].config.stash[DESELECTED] = True
 
 
 @pytest.fixture
@@ -74,7 +82,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 def is_whole(session: pytest.Session) -> bool:
     """Return whether all benchmarks were collected."""
     files = {item.path for item in session.items}
-    selects = session.config.option.keyword or any("::" in argument for argument in session.config.args)
+    selects = session.config.stash.get(DESELECTED, False) or any("::" in argument for argument in session.config.args)
     return not selects and files >= set(Path(__file__).parent.glob("test_*.py"))
 
 

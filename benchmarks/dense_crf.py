@@ -3,8 +3,8 @@
     python -m benchmarks.dense_crf VOC_ROOT [--checkpoint FILE]
 
 VOC_ROOT is a data set in VOC's layout, whose images of the split `val` have masks. pydensecrf2 is in the extra `dev`.
-The scores of the timed images are smooth random numbers, so that most pixels are undecided: no training is needed, and
-the CRF decides.
+The scores of the timed images are smooth random numbers, so that the CRF changes many labels, and no training is
+needed.
 """
 
 import os
@@ -38,6 +38,8 @@ from benchmarks.crf_iou import compare_iou, iou_text  # noqa: E402
 from benchmarks.crf_peer import pydensecrf  # noqa: E402
 from benchmarks.measure import resident_memory  # noqa: E402
 from benchmarks.processor import cpu_model  # noqa: E402
+from benchmarks.report import RESULTS  # noqa: E402
+from benchmarks.voc_page import code_block  # noqa: E402
 from wsseg_layers import DenseCRF, DenseEnergyLoss, __version__  # noqa: E402
 from wsseg_layers.functional import bilateral_filter  # noqa: E402
 
@@ -61,8 +63,8 @@ class Arguments:
     table_classes: tuple[str, ...] = ()
     """Classes of the mean IoU; `background` may be one. Default: all."""
 
-    page: Path = ROOT / "benchmarks/results/dense_crf.md"
-    """The file to write."""
+    page: Path | None = None
+    """The file to write. Default: benchmarks/results/dense_crf.md; with --smoke, runs/dense_crf.md."""
 
     smoke: bool = False
     """Small sizes, to see that everything works."""
@@ -104,16 +106,20 @@ SMOKE = Plan(2, 2, (Size(1, 24, 32, 3), Size(2, 20, 20, 3)), (Size(1, 60, 80, 3)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the page. Returns the exit code."""
-    arguments = tyro.cli(Arguments, args=argv, description=__doc__)
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = tyro.cli(Arguments, args=given, description=__doc__)
+    page = arguments.page or (Path("runs/dense_crf.md") if arguments.smoke else RESULTS / "dense_crf.md")
     plan = SMOKE if arguments.smoke else FULL
     threads = torch.get_num_threads()
     try:
         if arguments.images < 1:
             raise ValueError(f"--images must be at least 1, got {arguments.images}")
-        arguments.page.parent.mkdir(parents=True, exist_ok=True)
+        page.parent.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         files = find_images(arguments.data, read_split(arguments.data, "val"))[: plan.photographs]
-        header = heading(files)
+        words = ["VOC_ROOT" if word == str(arguments.data) else word for word in given]
+        command = code_block(["python", "-m", "benchmarks.dense_crf", *words])
+        header = f"{command}\n\n{heading(files)}"
         where = "masks of a network" if arguments.checkpoint else "masks made from the ground truth by noise and blur"
         compared = compare_iou(arguments.data, arguments.images, arguments.checkpoint, arguments.table_classes)
         parts = [
@@ -125,13 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"## Memory\n\n{memory(files, plan)}",
             f"## The lattice beside the exact sum\n\n{lattice_errors(files[:EXACT], plan)}",
         ]
-        write_text_whole(arguments.page, "\n\n".join(parts) + "\n")
+        write_text_whole(page, "\n\n".join(parts) + "\n")
     except (ImportError, OSError, ValueError) as error:  # the errors of the data are ValueErrors
         print(f"dense_crf.py: error: {error}", file=sys.stderr)
         return 2
     finally:
         torch.set_num_threads(threads)
-    print(arguments.page.read_text())
+    print(page.read_text())
     return 0
 
 
@@ -142,8 +148,8 @@ def heading(files: Sequence[Path]) -> str:
     busy = f"load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else "load unknown"
     capability = torch.backends.cpu.get_cpu_capability()
     return (
-        f"`python -m benchmarks.dense_crf VOC_ROOT`, {date.today()}, {cpu_model()}, {capability}, {cores} cores,"
-        f" {busy}.\n{versions}. {len(files)} photographs, scaled to the sizes below."
+        f"{date.today()}, {cpu_model()}, {capability}, {cores} cores, {busy}.\n"
+        f"{versions}. {len(files)} photographs, scaled to the sizes below."
     )
 
 

@@ -22,7 +22,7 @@ Function = Callable[[], Any]
 SECONDS = {"smoke": 0.0, "quick": 0.3, "full": 1.0}  # for each competitor, its first call aside
 FEWEST_CALLS = {"smoke": 0, "quick": 1, "full": 5}
 MOST_CALLS = 50
-MOST_SECONDS = 20.0  # no further call after these, however few there were
+MOST_SECONDS = 20.0  # a competitor is not called again after this time, even below FEWEST_CALLS
 
 # The C library gives large blocks back to the system when they are freed, and each new block is filled with zeros page
 # by page when it is first touched. With these variables a process keeps what it has.
@@ -81,7 +81,7 @@ class Bench:
         mode: "smoke" (compare the results only), "quick" or "full".
         keeps_memory: whether this process was started with `KEEP_MEMORY`.
         rows: what was measured.
-        notes: what was measured and is no row.
+        notes: results that are not rows of a table.
         is_complete: whether a full run has ended, with all benchmarks and without an error.
         say: called with each line that is shown at once.
     """

@@ -28,7 +28,7 @@ LOADS = {
     ("aarch64", 16): "ldr q0, [%1]",
 }
 CLOBBERED = {"x86_64": "xmm0", "aarch64": "v0"}
-STEPS = 16  # in one turn of the loop, so that the loop itself hides behind the instructions
+STEPS = 16  # instructions per turn, so that the loop's own instructions do not count
 
 
 def register_bytes() -> int:
@@ -40,8 +40,8 @@ def register_bytes() -> int:
 def clock() -> float | None:
     """Return the cycles per second with all threads busy; None where it cannot be measured.
 
-    Systems report a nominal clock, and virtual machines another one than the processor runs at. A chain of dependent
-    instructions takes a known number of cycles.
+    Systems report a nominal clock, and a virtual machine may report a wrong one. A chain of dependent instructions
+    takes a known number of cycles.
     """
     if platform.machine() not in CHAINS:
         return None

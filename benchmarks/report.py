@@ -4,7 +4,7 @@ import csv
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -22,7 +22,6 @@ README_START, README_END = "<!-- speed: benchmarks/report.py writes this part --
 README_TITLES = ("PAMR", "PAR", "pseudo labels")
 COLUMNS = ("median_ms", "min_ms", "max_ms", "calls")
 AXES = ("side", "classes", "dilations", "iterations")
-BASE = {"classes": 21, "dilations": 6, "iterations": 10}
 # They limit the instructions of PyTorch, of this library and of oneDNN, which has PyTorch's convolutions.
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
@@ -268,9 +267,10 @@ def plot(bench: Bench, bandwidth: float) -> Figure:
             own = [row for row in rows if row.competitor == competitor]
             times = [1e3 * (row.kept_median or row.median) for row in own]
             axes.loglog([row.values[axis] for row in own], times, "o-", label=competitor)
-        steps = sorted({row.values[axis] for row in rows})
+        values = {row.values[axis]: row.values for row in rows}  # by the value of the axis
+        steps = sorted(values)
         if steps:
-            limits = [1e3 * least_bytes(bench, axis, step) / bandwidth for step in steps]
+            limits = [1e3 * least_bytes(values[step]) / bandwidth for step in steps]
             axes.loglog(steps, limits, "k--", linewidth=1, label="memory alone")
         axes.set(xlabel=axis, ylabel="ms")
         axes.set_xticks(steps, [f"{step:g}" for step in steps], minor=False)
@@ -281,11 +281,10 @@ def plot(bench: Bench, bandwidth: float) -> Figure:
     return figure
 
 
-def least_bytes(bench: Bench, axis: str, step: float) -> float:
+def least_bytes(values: Mapping[str, float]) -> float:
     """Return the bytes that must move at a point of the plot."""
-    size = {"side": bench.size(smoke=12, quick=64, full=128), **BASE, axis: int(step)}
-    shape = (1, size["classes"], size["side"], size["side"])
-    return propagation_bytes(shape, 8 * size["dilations"], size["iterations"])
+    side, classes, dilations, iterations = (int(values[axis]) for axis in AXES)
+    return propagation_bytes((1, classes, side, side), 8 * dilations, iterations)
 
 
 def device_name(device: torch.device) -> str:

@@ -56,7 +56,8 @@ def test_pseudo_labels(bench: Bench) -> None:
     bench.compare("pseudo labels", size, competitors, tolerance=None)
 
 
-# What runs PAMR after the network: data set and vocabulary, classes, size of an image. NACLIP's dilations.
+# Data sets of open-vocabulary methods, which run PAMR after the network: classes, height, width of an image. The
+# dilations are NACLIP's.
 OPEN_VOCABULARIES = {
     "VOC21": (56, 375, 500),
     "COCO-Object": (113, 480, 640),

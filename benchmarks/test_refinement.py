@@ -166,7 +166,8 @@ def test_cost_over_size(bench: Bench, axis: str) -> None:
         competitors = {"ours": partial(pamr, image, mask, **settings)}
         if mask.numel() * len(dilations) * values["iterations"] <= 2.1e7:  # it takes some seconds otherwise
             competitors["published"] = partial(published.pamr, image, mask, **settings)
-        bench.compare(f"PAMR over {axis}", f"{axis} = {step}", competitors, values={axis: float(step)})
+        numbers = {name: float(value) for name, value in values.items()}
+        bench.compare(f"PAMR over {axis}", f"{axis} = {step}", competitors, values=numbers)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory as Linux reports it")

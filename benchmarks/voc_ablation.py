@@ -3,10 +3,10 @@
     python benchmarks/voc_ablation.py VOC_ROOT
 
 VOC_ROOT is a data set in VOC's layout, whose images of the split `train` have masks. Each row is trained with one
-ingredient changed, as by `examples/ablate_voc.py --table photographs`. What is chosen at test time is chosen for every
-row, on masks of the training split; none is chosen on the validation split. Finished parts are not computed
-again: repeat the command until the table is complete. With --records, runs that were made on another machine are not
-repeated either. All other arguments are passed to examples/train_voc.py, for every row.
+ingredient changed, as by `examples/ablate_voc.py --table photographs`. All choices at test time are made for every row
+on masks of the training split, none on the validation split. Finished parts are not computed again: repeat the command
+until the table is complete. With --records, runs that were made on another machine are not repeated either. All other
+arguments are passed to examples/train_voc.py, for every row.
 """
 
 import shlex
@@ -94,6 +94,7 @@ def page(ablation: Ablation, data: Path, command: str, results: Results) -> str:
 {places(results)}
 
 {trained_on(data)} Each row is the preset `photographs` with one ingredient changed.
+The arguments of train_voc.py in the command above apply to all rows.
 
 {textwrap.fill(about, 120)}
 
@@ -150,7 +151,7 @@ def missing_rows(results: Results) -> str:
     missing = [name for name in INGREDIENTS if name not in results]
     if not missing:
         return ""
-    return "\n\n" + textwrap.fill(f"Not measured: {'; '.join(missing)}.", 120, break_on_hyphens=False)
+    return "\n\n" + textwrap.fill(f"Not in the table: {'; '.join(missing)}.", 120, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,20 @@ MIN_PROBABILITIES = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 # They do not change what is trained, and the protocol does not use them.
 FREE_SETTINGS = ("resume", "device", "workers", "keep_checkpoints", "refine", "background_power", "min_probability")
+# They describe the decoder of the paper's network, which CAM-GAP does not have.
+DECODER_SETTINGS = (
+    "channels",
+    "skip_stride8",
+    "aspp_dilations",
+    "aspp_image_pool",
+    "mixing_rate",
+    "gate",
+    "gci",
+    "gci_norm",
+    "size_penalty",
+    "penalty_power",
+    "penalty_lambda",
+)
 PLACES = ("data", "labels", "output")  # the data are compared by `fingerprint`
 TABLE_SETTINGS = ("table_classes", "curve_images")  # they change what a training reports, not what it trains
 
@@ -186,7 +200,7 @@ def train_and_measure(
     rows = class_indices(runs.table_classes, ("background", *read_classes(data)), source="--table-classes")
     started = (folder / "settings.json").is_file()
     if started:
-        check_same_run(folder, settings, (*FREE_SETTINGS, *PLACES, *TABLE_SETTINGS))
+        check_same_run(folder, settings, (*free_settings(settings), *PLACES, *TABLE_SETTINGS))
     data_file = folder / "data.txt"
     if data_file.is_file() and data_file.read_text() != question["data"]:
         raise ValueError(f"the run in {folder} was trained on other images or labels: give another --output")
@@ -231,7 +245,13 @@ def train_and_measure(
 
 def settings_of_training(settings: Settings) -> dict[str, Any]:
     """Return the settings that change what is trained, without those that name a place."""
-    return {key: value for key, value in settings.to_json().items() if key not in (*FREE_SETTINGS, *PLACES)}
+    left_out = (*free_settings(settings), *PLACES)
+    return {key: value for key, value in settings.to_json().items() if key not in left_out}
+
+
+def free_settings(settings: Settings) -> tuple[str, ...]:
+    """Return the names of the settings that do not change what is trained."""
+    return (*FREE_SETTINGS, *(DECODER_SETTINGS if settings.model == "cam" else ()))
 
 
 def fingerprint(data: Path, labels: Path | None) -> str:

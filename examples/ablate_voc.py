@@ -126,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"ablate_voc.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; repeat the command to continue", file=sys.stderr)
+        return 130
 
 
 def fill_table(ablation: Ablation, others: Sequence[str]) -> int:
@@ -136,6 +139,11 @@ def fill_table(ablation: Ablation, others: Sequence[str]) -> int:
         for name, changes in TABLES[ablation.table].items()
     }
     settings = {name: parse_arguments(row) for name, row in rows.items()}  # stops at a wrong argument
+    for one in settings.values():
+        if one.resume is not None:
+            raise ValueError("--resume is not for this command, which resumes by itself: repeat it")
+        if one.model != "single_stage":
+            raise ValueError("--model cam: the rows of the table are single-stage networks")
     for name, one in settings.items():
         command = [sys.executable, str(TRAIN), *rows[name]]
         if (one.output / "settings.json").is_file():

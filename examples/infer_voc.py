@@ -152,6 +152,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # the errors of data and checkpoints are ValueErrors
         say(f"error: {error}")
         return 2
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
     return run(arguments, trained.classes, segmenter, outputs, sources)
 
 
@@ -203,13 +206,13 @@ def run(
     """Segment the images, or this process's share of them, and write the outputs. Returns the exit code."""
     group = join_group()
     share = sources[group.rank :: group.size]
-    outcomes: list[Outcome] = []
+    found: list[tuple[Source, Outcome]] = []
     failed = False
     start = time.perf_counter()
     bar = tqdm(total=len(share), desc="segmenting", unit="image", leave=False, disable=group.rank > 0)
 
     def report(source: Source, outcome: Outcome) -> None:
-        outcomes.append(outcome)
+        found.append((source, outcome))
         bar.update()
         if outcome.status == "skipped":
             say(f"skipped {source.path}: {outcome.reason}")
@@ -223,10 +226,10 @@ def run(
         failed = True
     except KeyboardInterrupt:
         say("stopped")
-        summarise(arguments, outcomes, len(share), time.perf_counter() - start)
+        summarise(arguments, [outcome for _, outcome in found], len(share), time.perf_counter() - start)
         return 130
     seconds = time.perf_counter() - start
-    outcomes = [recheck_elsewhere(outcome, outputs, source) for source, outcome in zip(share, outcomes, strict=False)]
+    outcomes = [recheck_elsewhere(outcome, outputs, source) for source, outcome in found]
     shares = gather((outcomes, seconds, failed), group)
     outcomes = [outcome for share_outcomes, _, _ in shares for outcome in share_outcomes]
     failed = any(share_failed for _, _, share_failed in shares)
@@ -278,7 +281,7 @@ def write_all_scores(
 
 
 def exit_code(outcomes: Sequence[Outcome], failed: bool) -> int:
-    """Return 0 if all images are done or in progress, 1 if some are skipped, 2 if all are skipped."""
+    """Return 0 if all images are done or in progress, 1 if some are skipped or a step failed, 2 if all are skipped."""
     skipped = sum(outcome.status == "skipped" for outcome in outcomes)
     if skipped == len(outcomes):
         return 2

@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # DataError is a ValueError
         print("prepare_sbd.py: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
     print(f"{len(found.train_aug)} images for training: {arguments.output}")
     return 0
 

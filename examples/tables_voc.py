@@ -18,6 +18,7 @@ import train_voc
 import tyro
 from torch import Tensor
 from voc.arguments import run_settings
+from voc.checkpoints import best_checkpoint
 from voc.dataset.layout import SPLIT_FOLDER, read_classes, read_split
 from voc.evaluation.metrics import mean_iou
 from voc.evaluation.tables import load_iou_csv, markdown, method_lines
@@ -93,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # the errors of data and checkpoints are ValueErrors
         print(f"tables_voc.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; repeat the command to continue", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -136,12 +140,17 @@ def table_6(arguments: Arguments, others: Sequence[str]) -> str:
 def table_8(arguments: Arguments, others: Sequence[str]) -> str:
     """Table 8: the validation IoU of a network that is trained on the masks of the first one."""
     (run,) = arguments.runs
+    one_stage = mean_of_ours(run)  # refuses a run of CAM-GAP before its masks are made
     (*_, method) = methods(arguments)  # the single-stage network
+    labels = run_settings(run).labels
     split = "train_aug" if (arguments.data / SPLIT_FOLDER / "train_aug.txt").is_file() else "train"
-    folder = segment(arguments, method, split, ["--clean"])
-    masks = folder / kinds(arguments.crf)[-1][0]
-    lines = [["Method", "IoU (val, %)"], ["one stage", mean_of_ours(run)]]
-    second = arguments.output / "table_8" / "second_stage"
+    folder = segment(arguments, method, split, ["--clean", *([] if labels is None else ["--labels", str(labels)])])
+    kind, _ = kinds(arguments.crf)[-1]
+    masks = folder / kind
+    second = arguments.output / "table_8" / method.folder / f"second_stage_{kind}"
+    made_by, record = second / "made_by.json", json.dumps([*map(file_digest, map(Path, method.load)), *others])
+    if made_by.is_file() and made_by.read_text() != record:
+        raise ValueError(f"{second} is of another network or other arguments: give another --output")
     if not (second / "iou.csv").is_file():
         if not (second / "settings.json").is_file():
             settings = replace(run_settings(run), supervision="masks", masks=masks, data=arguments.data)
@@ -149,9 +158,11 @@ def table_8(arguments: Arguments, others: Sequence[str]) -> str:
             settings = replace(settings, min_probability=0.0, background_power=1.0)
             settings = replace(settings, output=second, checkpoint="last")
             second.mkdir(parents=True, exist_ok=True)
+            write_text_whole(made_by, record)
             write_text_whole(second / "settings.json", json.dumps(settings.to_json()))
         step("train_voc.py", train_voc.main(["--resume", str(second), *others]))
-    return write_table(arguments, [*lines, ["two stages", mean_of_ours(second)]])
+    lines = [["Method", "IoU (val, %)"], ["one stage", one_stage], ["two stages", mean_of_ours(second)]]
+    return write_table(arguments, lines)
 
 
 def mean_of_ours(run: Path) -> str:
@@ -190,11 +201,12 @@ def trained_methods(run: Path) -> list[Method]:
     settings = run_settings(run)
     if not (run / "iou.csv").is_file():
         raise ValueError(f"the training in {run} is not finished: looked for {run / 'iou.csv'}")
-    best = settings.checkpoint == "best"
     found = []
     for name, model in (("CAM-GAP", "cam"), ("ours", "single_stage")):
-        path = run / f"{model}_best.pt" if best and (run / f"{model}_best.pt").is_file() else run / f"{model}.pt"
+        path = run / f"{model}.pt"
         if path.is_file():
+            if settings.checkpoint == "best":
+                path = best_checkpoint(path) or path
             found.append(Method(name, settings.backbone, f"{run.name}_{model}", [str(path)]))
     if not found:
         raise ValueError(f"no network in {run}: looked for cam.pt and single_stage.pt")

@@ -19,11 +19,12 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from voc.arguments import parse_arguments, resumed_folder
 from voc.backbones import normalise
-from voc.checkpoints import CheckpointError
+from voc.checkpoints import HELD_OUT_LOSS, CheckpointError
 from voc.dataset.errors import DataError
 from voc.dataset.layout import class_indices
 from voc.dataset.splits import Sample, VOCDataset
 from voc.dataset.transforms import TrainTransform
+from voc.devices import is_out_of_memory
 from voc.evaluation.metrics import mean_iou
 from voc.evaluation.network import cam_backgrounds, draw, evaluate, evaluate_pseudo_labels, evaluate_quickly
 from voc.evaluation.report import Report
@@ -37,7 +38,7 @@ from voc.train.objective import losses_of
 from voc.train.optimizer import MAX_NORM, freeze, freeze_norm_statistics
 from voc.train.seeds import mix_seed
 from voc.train.signals import StopRequest, quiet_threads, sigterm_interrupts
-from voc.train.state import HELD_OUT_LOSS, LOSSES, TrainingState, checkpoint_to_resume, set_aside_earlier_run
+from voc.train.state import LOSSES, TrainingState, checkpoint_to_resume, set_aside_earlier_run
 from voc.training_data import TrainingData, load_training_data
 from voc.visualise import overlay_figure
 
@@ -71,6 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TrainingError, DataError, CheckpointError, OSError) as error:
         where = f"{settings.output}: " if isinstance(error, OSError) and error.errno and not error.filename else ""
         print(f"\ntrain_voc.py: error: {where}{error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        how = "try a smaller --batch-size or --crop-size, or --accumulate 2"
+        print(f"\ntrain_voc.py: error: not enough memory: {how}", file=sys.stderr)
         return 1
     finally:
         accelerator.end_training()
@@ -109,7 +116,8 @@ def run(settings: Settings, data: TrainingData, accelerator: Accelerator) -> Non
     if is_main:
         minutes = (time.perf_counter() - started) / 60
         title = f"IoU (%) on {len(data.test)} test images, after {minutes:.1f} minutes"
-        print(f"\n{report.write(settings.output, title, settings.classification_epochs)}\n")
+        epochs_before = settings.classification_epochs if settings.self_supervised else None
+        print(f"\n{report.write(settings.output, title, epochs_before)}\n")
         pictures = draw(state.result, data.test, settings, device)
         overlay_figure(pictures.images, pictures.masks).savefig(settings.output / "overlays.png", dpi=110)
         print(f"checkpoints, tables, curves and overlays: {settings.output}")
@@ -122,7 +130,7 @@ def goes_on_in_place(settings: Settings) -> bool:
 
 def settings_per_network(settings: Settings) -> list[Settings]:
     """Return the settings of each network to train: of the baseline, if it is requested, and of the model."""
-    if settings.baseline and settings.model == "single_stage" and settings.supervision == "labels":
+    if settings.baseline and settings.self_supervised:
         lr = settings.lr if settings.baseline_lr is None else settings.baseline_lr
         return [replace(settings, model="cam", lr=lr), settings]
     return [settings]
@@ -195,8 +203,7 @@ def measure(
 
 def measures_pseudo_labels(state: TrainingState, data: TrainingData) -> bool:
     """Return whether the network makes pseudo labels of training images that have masks to compare with."""
-    settings = state.settings
-    return settings.model == "single_stage" and settings.supervision == "labels" and len(data.train_with_masks) > 0
+    return state.settings.self_supervised and len(data.train_with_masks) > 0
 
 
 @torch.no_grad()

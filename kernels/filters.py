@@ -37,10 +37,10 @@ def bilateral_filter(
     The sum includes the pixel itself, with weight 1. With `normalise`, the weights are
     :math:`k_{ij} / \sqrt{n_i n_j}` with :math:`n_i = \sum_j k_{ij}`.
 
-    "eager" and "triton" compute the sum exactly, in a time that is quadratic in the number of pixels. "cpp", which is
-    "auto" on a CPU, approximates it on a permutohedral lattice, in linear time: normalised sums differ by 3 to 4 % on
-    photographs. Sums that are not normalised are also lower by 10 to 25 %, because the lattice drops the values that it
-    blurs into colours that the image does not have.
+    "eager" and "triton" compute the sum exactly, in a time that is quadratic in the number of pixels. "cpp", which
+    "auto" takes on a CPU where it is usable, approximates it on a permutohedral lattice, in linear time: normalised
+    sums differ by 3 to 4 % on photographs. Sums that are not normalised are also lower by 10 to 25 %, because the
+    lattice drops the values that it blurs into colours that the image does not have.
 
     The operator is linear in `values` and differentiable any number of times. No gradient flows to the image.
 

@@ -46,9 +46,9 @@ def pamr_affinity(
     * ``"par"``: softmax of :math:`-(|I_i - I_n| / (10^{-8} + \sigma_i) / 0.3)^2` with sigma of the neighbours alone,
       plus 0.01 times a softmax of the same form over their distances from the pixel.
 
-    Where the image is flat, the weights are uniform, or NaN for a `Variant` with `guard=0`. A NaN in the image makes
-    the weights NaN at every pixel that has it in its neighbourhood. No gradient flows to the image: the affinity is a
-    constant of the refinement.
+    Where the image is flat, the weights are uniform, or NaN for a `Variant` with `guard=0` and a `sigma_power` above 0.
+    A NaN in the image makes the weights NaN at every pixel that has it in its neighbourhood. No gradient flows to the
+    image: the affinity is a constant of the refinement.
 
     Args:
         image: image, [B, K, H, W], any floating-point dtype and strides. The batch may be empty.
@@ -202,7 +202,7 @@ def is_traced() -> bool:
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Return whether torch.vmap, or another part of torch.func, has wrapped a tensor; not for traced calls."""
+    """Return whether torch.vmap, or another part of torch.func, has wrapped a tensor. It cannot be traced."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -225,7 +225,7 @@ def check_variant(variant: str | Variant) -> Variant:
     """Check a variant, given by its name or as a `Variant`, and return it as a `Variant`."""
     if not isinstance(variant, Variant):
         check_choice("variant", variant, tuple(VARIANTS))
-        return VARIANTS[variant]
+        variant = VARIANTS[variant]  # users add their own
     check_positive("variant.weight", variant.weight)
     for name, power, choices in (
         ("sigma_power", variant.sigma_power, (0, 1, 2)),

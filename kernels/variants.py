@@ -27,7 +27,8 @@ class Variant(NamedTuple):
         sigma_power: 0, 1 or 2. With 0, differences are divided by the constant guard + weight. With 1, the affinity
             does not change when a channel of the image is scaled.
         power: 1 or 2.
-        guard: keeps the division finite where the image is flat; at least 0. With 0, the weights are NaN there.
+        guard: keeps the division finite where the image is flat; at least 0. With 0, the weights are NaN there, unless
+            `sigma_power` is 0.
         with_centre: whether sigma counts the pixel itself.
         position_weight: factor of the position term, at least 0. The weights of a pixel sum to 1 + position_weight.
 
@@ -46,7 +47,7 @@ class Variant(NamedTuple):
     @property
     def is_steep(self) -> bool:
         """Whether exponents have no bound, as at an outlier among equal neighbours: plain float32 is too inexact."""
-        return self.sigma_power != 1 or self.power == 2
+        return self.sigma_power != 1 or self.power == 2 or not self.with_centre
 
     def samples(self, dilations: int) -> int:
         """Return the number of values that sigma is taken over."""

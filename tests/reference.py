@@ -178,6 +178,15 @@ def scaled_pamr_affinity(image: Array, dilations: Sequence[int], weight: float) 
     return affinity_of(similarity, image, dilations)
 
 
+def neighbour_affinity(image: Array, dilations: Sequence[int], weight: float) -> Array:
+    """Softmax of -|I_i - I_n| / (1e-8 + weight sigma), with sigma of the neighbours alone."""
+
+    def similarity(values: Array, centre: float) -> Array:
+        return -np.abs(values - centre) / (1e-8 + weight * values.std(ddof=1))
+
+    return affinity_of(similarity, image, dilations)
+
+
 def par_affinity(image: Array, dilations: Sequence[int], w1: float, w2: float, guard: float) -> Array:
     """The published PAR with its three numbers: colour, plus w2 times position."""
 

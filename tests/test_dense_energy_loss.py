@@ -111,6 +111,19 @@ def test_the_module_resizes(scale_factor: float, label_dtype: torch.dtype) -> No
     assert gradient.abs().max() > 0
 
 
+@pytest.mark.parametrize(
+    ("ignore_index", "label_dtype"), [(-1, torch.int64), (254, torch.uint8), (-100, torch.float32)]
+)
+def test_the_label_of_ignored_pixels(ignore_index: int, label_dtype: torch.dtype) -> None:
+    images, segmentations, rois, unlabelled = draw((2, 3, 12, 15), torch.float32, seed=0)
+    usual, mine = (torch.where(unlabelled, index, 3)[:, None] for index in (255, ignore_index))
+    expected = DenseEnergyLoss()(images, segmentations, rois, usual)
+    actual = DenseEnergyLoss(ignore_index=ignore_index)(images, segmentations, rois, mine.to(label_dtype))
+    assert torch.equal(actual, expected)
+    with pytest.raises(ValueError, match=r"ignore_index must be in 0 to 255, the range of torch.uint8, got 256"):
+        DenseEnergyLoss(ignore_index=256)(images, segmentations, rois, usual.to(torch.uint8))
+
+
 def test_arguments_are_left_as_they_are() -> None:
     images, segmentations, rois, unlabelled = draw((1, 3, 6, 8), torch.float32, seed=0)
     before = [images.clone(), segmentations.detach().clone(), rois.clone(), unlabelled.clone()]
@@ -153,6 +166,7 @@ def test_compiles_without_a_graph_break() -> None:
         ({"scale_factor": 0}, ValueError, "scale_factor must be positive"),
         ({"scale_factor": 2}, ValueError, "scale_factor must be at most 1, got 2"),
         ({"backend": "gpu"}, ValueError, "backend must be one of"),
+        ({"ignore_index": 255.0}, TypeError, "ignore_index must be an integer"),
     ],
 )
 def test_wrong_settings(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

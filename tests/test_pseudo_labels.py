@@ -662,6 +662,11 @@ ARGUMENTS: dict[str, Any] = {
         ({"background": None, "cams": torch.rand(2, 1, 5, 6)}, ValueError, r"cams must have a channel for the backgr"),
         ({"refine": "PAR"}, TypeError, r"refine must be a PAMR, a PAR or None, got str"),
         ({"background": (0.2, 0.7)}, ValueError, r"background must be a pair \(high, low\), got \[0.2, 0.7\]"),
+        (
+            {"background": (PowerBackground(4), PowerBackground(1))},
+            ValueError,
+            r"background must be a pair \(high, low\) of scores, whose powers are \(low, high\), got \[4, 1\]",
+        ),
         ({"background": (0.2, 0.1, 0.0)}, ValueError, r"background must be a score or a pair .*, got 3 scores"),
         ({"background": "0.5"}, TypeError, r"background must be a number, a tensor, a PowerBackground or .*, got str"),
         ({"background": [0.7, 0.25]}, TypeError, r"background must be .* or a tuple \(high, low\) of two.*, got list"),
@@ -712,6 +717,11 @@ def test_exception(arguments: dict[str, Any], error: type[Exception], message: s
     [
         ({"refine": torch.nn.Identity()}, TypeError, "refine must be a PAMR, a PAR or None, got Identity"),
         ({"background": (0.2, 0.7)}, ValueError, r"background must be a pair \(high, low\), got \[0.2, 0.7\]"),
+        (
+            {"background": (PowerBackground(4), PowerBackground(1))},
+            ValueError,
+            r"background must be a pair \(high, low\) of scores, whose powers are \(low, high\), got \[4, 1\]",
+        ),
         ({"softmax": None}, TypeError, "softmax must be True or False, got None"),
         ({"down_scale": 0}, ValueError, "down_scale must be at least 1, got 0"),
         ({"crop": 1}, TypeError, "crop must be True or False, got 1"),

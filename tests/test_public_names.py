@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import wsseg_layers
@@ -26,15 +27,23 @@ LAYERS: dict[str, dict[str, Any]] = {
         "backend": "auto",
     },
     "DenseEnergyLoss": {
-        "weight": REQUIRED,
-        "sigma_rgb": REQUIRED,
-        "sigma_xy": REQUIRED,
-        "scale_factor": REQUIRED,
+        "weight": 1e-7,
+        "sigma_rgb": 15.0,
+        "sigma_xy": 100.0,
+        "scale_factor": 0.5,
         "backend": "auto",
+        "ignore_index": 255,
     },
     "FocalSizePenalty": {"p": 3.0, "lam": 0.01},
     "GCI": {"in_channels": 256, "shallow_channels": None, "out_channels": None, "norm": "batch"},
-    "PAMR": {"num_iter": 10, "dilations": DILATIONS, "variant": "pamr", "resize": "mask", "backend": "auto"},
+    "PAMR": {
+        "num_iter": 10,
+        "dilations": DILATIONS,
+        "variant": "pamr",
+        "resize": "mask",
+        "backend": "auto",
+        "affinity_dtype": torch.float32,
+    },
     "PAR": {
         "dilations": DILATIONS,
         "num_iter": 10,
@@ -44,6 +53,7 @@ LAYERS: dict[str, dict[str, Any]] = {
         "w1": 0.3,
         "w2": 0.01,
         "guard": 1e-8,
+        "affinity_dtype": torch.float32,
     },
     "PseudoLabels": {
         "refine": REQUIRED,
@@ -58,21 +68,22 @@ LAYERS: dict[str, dict[str, Any]] = {
     "StochasticGate": {"mixing_rate": 0.3, "mode": "stochastic"},
     "nGWPPool": {"eps": 1.0},
 }
-CALLS: dict[str, list[str]] = {
-    "DenseCRF.forward": ["image", "scores"],
-    "DenseEnergyLoss.forward": ["images", "segmentations", "ROIs", "seg_label"],
-    "FocalSizePenalty.forward": ["masks"],
-    "GCI.forward": ["shallow", "deep"],
-    "PAMR.forward": ["image", "mask"],
-    "PAMR.affinity": ["image"],
-    "PAMR.propagate": ["mask", "affinity"],
-    "PAR.forward": ["imgs", "masks"],
-    "PAR.affinity": ["imgs"],
-    "PAR.propagate": ["masks", "affinity"],
-    "PseudoLabels.forward": ["images", "cams", "labels"],
-    "PseudoLabels.labels_and_maps": ["images", "cams", "labels"],
-    "StochasticGate.forward": ["deep", "shallow"],
-    "nGWPPool.forward": ["scores", "masks"],
+PRESENT = {"classes": None, "absent": "zero"}
+CALLS: dict[str, dict[str, Any]] = {
+    "DenseCRF.forward": {"image": REQUIRED, "scores": REQUIRED},
+    "DenseEnergyLoss.forward": dict.fromkeys(["images", "segmentations", "ROIs", "seg_label"], REQUIRED),
+    "FocalSizePenalty.forward": {"masks": REQUIRED},
+    "GCI.forward": {"shallow": REQUIRED, "deep": REQUIRED},
+    "PAMR.forward": {"image": REQUIRED, "mask": REQUIRED, **PRESENT},
+    "PAMR.affinity": {"image": REQUIRED},
+    "PAMR.propagate": {"mask": REQUIRED, "affinity": REQUIRED, "counts": None},
+    "PAR.forward": {"imgs": REQUIRED, "masks": REQUIRED, **PRESENT},
+    "PAR.affinity": {"imgs": REQUIRED},
+    "PAR.propagate": {"masks": REQUIRED, "affinity": REQUIRED, "counts": None},
+    "PseudoLabels.forward": {**dict.fromkeys(["images", "cams", "labels"], REQUIRED), "boxes": None},
+    "PseudoLabels.labels_and_maps": {**dict.fromkeys(["images", "cams", "labels"], REQUIRED), "boxes": None},
+    "StochasticGate.forward": {"deep": REQUIRED, "shallow": REQUIRED},
+    "nGWPPool.forward": {"scores": REQUIRED, "masks": REQUIRED},
 }
 FUNCTIONS: dict[str, dict[str, Any]] = {
     "cam_to_label": {
@@ -94,8 +105,8 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "multi_scale_cam": {"model": REQUIRED, "images": REQUIRED, "scales": (1.0, 0.5, 1.5), "flip": True},
     "ngwp_pool": {"scores": REQUIRED, "masks": REQUIRED, **LAYERS["nGWPPool"]},
     "normalise_cam": {"cams": REQUIRED, "eps": 1e-5},
-    "pamr": {"image": REQUIRED, "mask": REQUIRED, **LAYERS["PAMR"]},
-    "par": {"imgs": REQUIRED, "masks": REQUIRED, **LAYERS["PAR"]},
+    "pamr": {"image": REQUIRED, "mask": REQUIRED, **LAYERS["PAMR"], **PRESENT},
+    "par": {"imgs": REQUIRED, "masks": REQUIRED, **LAYERS["PAR"], **PRESENT},
     "refine_pseudo_labels": {
         "images": REQUIRED,
         "cams": REQUIRED,
@@ -138,7 +149,20 @@ OPERATORS: dict[str, dict[str, Any]] = {
         "dilations": REQUIRED,
         "num_iter": REQUIRED,
         "backend": "auto",
+        "counts": None,
     },
+}
+# Only in wsseg_layers.kernels.
+KERNELS: dict[str, dict[str, Any]] = {
+    "Variant": {
+        "weight": 0.1,
+        "sigma_power": 1,
+        "power": 1,
+        "guard": 1e-8,
+        "with_centre": True,
+        "position_weight": 0.0,
+    },
+    "available_backends": {"device": "cpu"},
 }
 
 
@@ -152,8 +176,10 @@ def assert_accepts(function: Callable[..., Any], expected: dict[str, Any]) -> No
 def test_names() -> None:
     assert set(wsseg_layers.__all__) == {*LAYERS, "PowerBackground", "functional"}
     assert set(functional.__all__) == {*FUNCTIONS, *OPERATORS}
+    assert set(kernels.__all__) == {*OPERATORS, *KERNELS, "VARIANTS", "BackendName", "BackendStatus", "VariantName"}
+    assert set(kernels.VARIANTS) == {"pamr", "paper", "par"}
     assert isinstance(wsseg_layers.__version__, str)
-    for module in (wsseg_layers, functional):
+    for module in (wsseg_layers, functional, kernels):
         for name in module.__all__:
             assert hasattr(module, name)
 
@@ -168,9 +194,7 @@ def test_layers(name: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_calls(name: str) -> None:
     layer, method = name.split(".")
-    assert_accepts(
-        getattr(getattr(wsseg_layers, layer), method), {"self": REQUIRED, **dict.fromkeys(CALLS[name], REQUIRED)}
-    )
+    assert_accepts(getattr(getattr(wsseg_layers, layer), method), {"self": REQUIRED, **CALLS[name]})
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -178,9 +202,9 @@ def test_functions(name: str) -> None:
     assert_accepts(getattr(functional, name), FUNCTIONS[name])
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [*OPERATORS, *KERNELS])
 def test_operators(name: str) -> None:
-    assert_accepts(getattr(kernels, name), OPERATORS[name])
+    assert_accepts(getattr(kernels, name), {**OPERATORS, **KERNELS}[name])
 
 
 @pytest.mark.parametrize("name", [*LAYERS, *FUNCTIONS])

@@ -11,7 +11,7 @@ from tests import reference
 from tests.strategies import assert_close, backends, exact, map_shapes, seeds, uniform
 from wsseg_layers import PAMR, PAR
 from wsseg_layers.functional import pamr, par
-from wsseg_layers.kernels import BackendName, Variant, pamr_affinity
+from wsseg_layers.kernels import VARIANTS, BackendName, Variant, pamr_affinity
 
 dilation_lists = st.lists(st.integers(1, 12), min_size=1, max_size=3)
 FLOAT32 = {"dtype": torch.float32, "precision": torch.float32}
@@ -140,8 +140,12 @@ def test_exception_numbers_of_par(arguments: dict[str, Any], error: type[Excepti
         (Variant(position_weight=-1.0), ValueError, r"variant.position_weight must be at least 0, got -1.0"),
     ],
 )
-def test_exception_variant(variant: Variant, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        PAMR(variant=variant)
-    with pytest.raises(error, match=message):
-        pamr_affinity(torch.rand(1, 3, 4, 4), [1], variant)
+def test_exception_variant(
+    variant: Variant, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VARIANTS, "mine", variant)
+    for given_variant in (variant, "mine"):
+        with pytest.raises(error, match=message):
+            PAMR(variant=given_variant)  # type: ignore[arg-type]
+        with pytest.raises(error, match=message):
+            pamr_affinity(torch.rand(1, 3, 4, 4), [1], given_variant)  # type: ignore[arg-type]

@@ -65,7 +65,7 @@ def test_the_whole_ablation(tmp_path: Path) -> None:
         "2 validation images, seeds: 3",
         "8 images of the split `train`",
         "| no PAMR | `--pamr-iterations 0` |",
-        "Not measured: backbone trained in classification; ",
+        "Not in the table: backbone trained in classification; ",
     ):
         assert expected in text
     assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 120

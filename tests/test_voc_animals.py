@@ -1,5 +1,6 @@
 """The comparison on VOC animals: what is chosen on which images, what is computed when, and the table."""
 
+import inspect
 import itertools
 import shlex
 import shutil
@@ -21,7 +22,7 @@ from voc.dataset.images import IGNORE, save_mask
 from voc.dataset.layout import SPLIT_FOLDER, read_classes, read_split
 from voc.dataset.splits import Sample, VOCDataset, load_split_with_masks
 from voc.dataset.toy import toy_voc
-from voc.model import CAMNet, Output
+from voc.model import CAMNet, Output, SingleStageNet
 
 from benchmarks import voc_animals, voc_page, voc_protocol, voc_runs
 from benchmarks.processor import cpu_model
@@ -373,6 +374,14 @@ def test_runs_of_another_machine_are_not_repeated(
     for change in (["--lr", "0.5"], ["--seeds", "4"]):  # another question
         assert voc_animals.main([*arguments, *change]) == 130
         assert trained.pop()
+    assert voc_animals.main([*arguments, "--aspp-dilations", "1", "2", "3"]) == 130
+    (of_ours,) = trained  # CAM-GAP, whose row is the first, has no ASPP
+    assert "cam" not in of_ours
+
+
+def test_cam_gap_has_no_settings_of_the_decoder() -> None:
+    parameters = set(inspect.signature(SingleStageNet).parameters)
+    assert parameters - set(inspect.signature(CAMNet).parameters) == set(voc_runs.DECODER_SETTINGS)
 
 
 def test_long_commands_are_folded_between_words() -> None:

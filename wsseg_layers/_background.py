@@ -55,6 +55,9 @@ def split_background(background: Background) -> tuple[Score, ...]:
         check_real("background", number)
     if len(numbers) == 2 and numbers[0] < numbers[1]:
         raise ValueError(f"background must be a pair (high, low), got {numbers}")
+    powers = [score.power for score in scores if isinstance(score, PowerBackground)]
+    if len(powers) == 2 and powers[0] > powers[1]:  # the larger the power, the lower the score
+        raise ValueError(f"background must be a pair (high, low) of scores, whose powers are (low, high), got {powers}")
     return scores
 
 

@@ -20,6 +20,8 @@ from ._refinement import reads_values
 from .pamr import PAMR
 from .par import PAR
 
+IGNORE_INDEX = 255  # the label of pixels without a class
+
 
 class Settings(NamedTuple):
     """The arguments of `PseudoLabels`."""

@@ -183,7 +183,7 @@ def _refine(batch: Batch, settings: Settings, exact: bool, label_backend: LabelB
     # The channels of a pixel sum to 1, and every iteration multiplies this sum by the sum of the weights. The
     # background is therefore the total minus the classes. It is raised by more than the rounding error, so that it
     # still wins where all channels are equal.
-    total = (1 + ROUNDING * (1 + refine.num_iter)) * refine.sum_of_weights() ** refine.num_iter
+    total = (1 + ROUNDING * (1 + refine.num_iter)) * refine._sum_of_weights() ** refine.num_iter
     classes = maps[:, 1:]
     refined = refine.propagate(classes.flatten(1, 2), affinity, batch.counts * maps.shape[2]).view(classes.shape)
     return torch.cat([total - refined.sum(dim=1, keepdim=True), refined], dim=1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ._checks import (
     check_dense,
+    check_integer,
     check_maps,
     check_not_negative,
     check_pixels,
@@ -20,11 +21,10 @@ from ._checks import (
     check_same_device,
 )
 from ._dtypes import cast, working_dtype
+from ._label_checks import IGNORE_INDEX, check_range
 from .kernels import BackendName, bilateral_filter
 from .kernels.filters import check_image
 from .kernels.operators import check_backend, has_transforms, is_traced
-
-IGNORED = 255  # the label of pixels whose class is unknown
 
 # The filter of the published extension is scaled so that a vertex of its lattice has the weight 1. `bilateral_filter`
 # uses the Gaussian of the same integral, which is larger.
@@ -48,8 +48,9 @@ def dense_energy_loss(
     colour of `bilateral_filter`, not normalised. The gate g is 1 where a pixel is not labelled. Elsewhere it is the ROI
     minus the largest probability, at least 0: the more certain the prediction of a labelled pixel, the less it counts.
 
-    On a CPU, value and gradient follow the published code. The gradient is :math:`-2 s g_i \sum_j k_{ij} S_{c,j} / B`:
-    the gate is a constant. The factor s = 0.7055 is the scale of the filter in that code.
+    With the backend "cpp", value and gradient follow the published code; the other backends sum exactly. The gradient
+    is :math:`-2 s g_i \sum_j k_{ij} S_{c,j} / B`: the gate is a constant. The factor s = 0.7055 is the scale of the
+    filter in that code.
 
     Args:
         images: images, [B, 3, H, W], floating-point. `sigma_rgb` is in the units of their values, usually 0 to 255.
@@ -113,9 +114,10 @@ def _multiply_zeros(x: Tensor, y: Tensor) -> Tensor:
 
 
 class _ProductOfZeros(torch.autograd.Function):
-    """The product of zeros, in reverse mode. The gradient to y is left out where only its value, 0, can matter.
+    """The product of two zeros, in reverse mode.
 
-    An ordinary backward pass would filter these zeros, and take as long as the loss itself.
+    The gradient to y is 0. It is computed only where it is differentiated itself (`create_graph=True`). Elsewhere it is
+    left out: the backward pass would filter these zeros, which takes as long as the loss itself.
     """
 
     @staticmethod
@@ -156,6 +158,7 @@ class DenseEnergyLoss(nn.Module):
         sigma_xy: standard deviation of the position, in pixels; 100 in AFA and ToCo.
         scale_factor: factor of height and width, at most 1; 0.5 in AFA and ToCo.
         backend: "auto", "triton", "cpp" or "eager"; see `wsseg_layers.kernels.bilateral_filter`.
+        ignore_index: label of pixels without a class.
 
     Example:
         >>> import torch
@@ -168,11 +171,12 @@ class DenseEnergyLoss(nn.Module):
 
     def __init__(
         self,
-        weight: float,
-        sigma_rgb: float,
-        sigma_xy: float,
-        scale_factor: float,
+        weight: float = 1e-7,
+        sigma_rgb: float = 15.0,
+        sigma_xy: float = 100.0,
+        scale_factor: float = 0.5,
         backend: BackendName = "auto",
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
         super().__init__()
         check_not_negative("weight", weight)
@@ -182,11 +186,13 @@ class DenseEnergyLoss(nn.Module):
         if scale_factor > 1:
             raise ValueError(f"scale_factor must be at most 1, got {scale_factor}")
         check_backend(backend)
+        check_integer("ignore_index", ignore_index)
         self.weight = weight
         self.sigma_rgb = sigma_rgb
         self.sigma_xy = sigma_xy
         self.scale_factor = scale_factor
         self.backend: BackendName = backend
+        self.ignore_index = ignore_index
 
     def forward(self, images: Tensor, segmentations: Tensor, ROIs: Tensor, seg_label: Tensor) -> Tensor:
         """Return the weighted loss, a scalar.
@@ -195,7 +201,7 @@ class DenseEnergyLoss(nn.Module):
             images: images, [B, 3, H, W], floating-point, usually in 0 to 255.
             segmentations: class probabilities, [B, C, H, W].
             ROIs: region of interest, [B, H, W]: 1 inside, 0 outside.
-            seg_label: labels, [B, 1, H, W], of any dtype; 255 marks pixels without a label.
+            seg_label: labels, [B, 1, H, W], of any dtype; `ignore_index` marks pixels without a label.
         """
         check_maps("segmentations", segmentations)
         check_pixels("segmentations", segmentations)
@@ -209,12 +215,15 @@ class DenseEnergyLoss(nn.Module):
                 f"seg_label must be [B, 1, H, W] for images {list(images.shape)}, got shape {list(seg_label.shape)}"
             )
         check_same_device(("images", images), ("seg_label", seg_label))
+        if not (seg_label.is_floating_point() or seg_label.dtype == torch.bool):
+            check_range(self.ignore_index, seg_label.dtype)
         height, width = images.shape[2:]
         if min(height, width) * self.scale_factor < 1:
             raise ValueError(
                 f"scale_factor must leave at least one pixel of images {height} x {width}, got {self.scale_factor}"
             )
-        regions = torch.cat([ROIs[:, None].to(images.dtype), (seg_label.detach() == IGNORED).to(images.dtype)], dim=1)
+        unlabelled = seg_label.detach() == self.ignore_index
+        regions = torch.cat([ROIs[:, None].to(images.dtype), unlabelled.to(images.dtype)], dim=1)  # [B, 2, H, W]
         scaled_rois, ignored = self._resize(regions).unbind(1)
         scaled = F.interpolate(
             segmentations,
@@ -241,5 +250,5 @@ class DenseEnergyLoss(nn.Module):
         """Return the arguments for `print(module)`."""
         return (
             f"weight={self.weight}, sigma_rgb={self.sigma_rgb}, sigma_xy={self.sigma_xy},"
-            f" scale_factor={self.scale_factor}, backend={self.backend!r}"
+            f" scale_factor={self.scale_factor}, backend={self.backend!r}, ignore_index={self.ignore_index}"
         )

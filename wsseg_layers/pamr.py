@@ -161,6 +161,7 @@ class PAMR(StatelessRefinement):
 
     def affinity(self, image: Tensor) -> Tensor:
         """Return the weights [B, N, H, W] of an image [B, K, H, W]; N = 8 x number of dilations."""
+        check_affinity_dtype(self.affinity_dtype)
         return pamr_affinity(image, self.dilations, self.variant, self.backend).to(self.affinity_dtype)
 
     def propagate(self, mask: Tensor, affinity: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -170,7 +171,7 @@ class PAMR(StatelessRefinement):
         """
         return pamr_propagate(mask, affinity, self.dilations, self.num_iter, self.backend, counts)
 
-    def sum_of_weights(self) -> float:
+    def _sum_of_weights(self) -> float:
         """Return the sum of the weights of a pixel."""
         return 1 + check_variant(self.variant).position_weight
 

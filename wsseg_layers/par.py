@@ -184,7 +184,7 @@ class PAR(StatelessRefinement):
         check_pixels("masks", masks)
         return pamr_propagate(masks, affinity, self.dilations, self.num_iter, self.backend, counts)
 
-    def sum_of_weights(self) -> float:
+    def _sum_of_weights(self) -> float:
         """Return the sum of the weights of a pixel."""
         return 1 if self.renormalise else 1 + self.w2
 

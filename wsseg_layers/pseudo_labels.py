@@ -14,6 +14,7 @@ from ._background import Background, PowerBackground, Score, background_map, che
 from ._checks import check_choice, check_integers, check_maps, check_not_negative, check_pixels, check_same_device
 from ._dtypes import cast, working_dtype
 from ._label_checks import (
+    IGNORE_INDEX,
     Settings,
     check_boxes,
     check_cams,
@@ -41,7 +42,6 @@ __all__ = [
     "threshold_pseudo_labels",
 ]
 
-IGNORE_INDEX = 255
 Discard = Literal["classes", "all", "none"]
 DISCARDS = get_args(Discard)  # not in the function: old torch.compile cannot trace get_args
 

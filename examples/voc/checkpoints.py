@@ -1,5 +1,6 @@
 """Checkpoints. Writing is atomic, and reading executes no code from the file."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from .files.tensors import load_tensors
 from .files.whole import write_whole
 from .model import Network, build_model
 from .settings import Settings
+
+HELD_OUT_LOSS = "held-out loss"  # in the history of a training with --checkpoint best
 
 
 class CheckpointError(ValueError):
@@ -63,7 +66,36 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     missing = {"model", "settings", "classes", "progress"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise CheckpointError(f"{path} is not a checkpoint of train_voc.py: it has no {', '.join(sorted(missing))}")
+    for key in ("model", "settings", "progress"):
+        if not isinstance(checkpoint[key], Mapping):
+            raise CheckpointError(
+                f"{path} is not a checkpoint of train_voc.py: {key} is a {type(checkpoint[key]).__name__}"
+            )
     return checkpoint
+
+
+def best_epoch(history: Sequence[Mapping[str, float]]) -> int | None:
+    """Return the epoch with the lowest held-out loss, counted from 1, or None if no epoch has one."""
+    losses = {epoch: figures.get(HELD_OUT_LOSS, math.inf) for epoch, figures in enumerate(history, start=1)}
+    best = min(losses, key=lambda epoch: losses[epoch], default=None)
+    return None if best is None or losses[best] == math.inf else best
+
+
+def best_checkpoint(last: Path) -> Path | None:
+    """Return the checkpoint of the best epoch of a run, or None if no epoch has a held-out loss.
+
+    Args:
+        last: the checkpoint of the last epoch.
+    """
+    best = best_epoch(read_checkpoint(last)["progress"].get("history", ()))
+    if best is None:
+        return None
+    # `_best` is of a later epoch if the run was resumed from an earlier one.
+    for suffix in ("_best", f"_{best:03d}"):
+        path = last.with_name(f"{last.stem}{suffix}.pt")
+        if path.is_file() and len(read_checkpoint(path)["progress"].get("history", ())) == best:
+            return path
+    raise CheckpointError(f"no checkpoint of epoch {best}, the best one of this run: looked for {path}")
 
 
 def load_trained(path: Path) -> Trained:

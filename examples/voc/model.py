@@ -16,7 +16,10 @@ SKIP_CHANNELS = 48
 
 
 class Output(NamedTuple):
-    """The output of both networks: `class_scores` [B, C], `logits` and `masks` [B, C + 1, h, w], background first."""
+    """The output of both networks: `class_scores` [B, C]; `masks` [B, C + 1, h, w], background first; `logits`.
+
+    The logits are [B, C + 1, h, w]. Those of CAM-GAP are its activation [B, C, h, w], without a background.
+    """
 
     class_scores: Tensor
     logits: Tensor

@@ -50,3 +50,9 @@ def check_ranges(settings: Mapping[str, Any]) -> None:
             if not value <= MAXIMA.get(name, sys.float_info.max):
                 limit = f"at most {MAXIMA[name]}" if name in MAXIMA else "finite"
                 raise ValueError(f"{option} must be {limit}, got {value}")
+    for name in ("mixing_rate", "ema_decay"):
+        if not 0 <= settings[name] < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be in [0, 1), got {settings[name]}")
+    if not settings["penalty_lambda"] > 0:
+        hint = "--no-size-penalty trains without the penalty"
+        raise ValueError(f"--penalty-lambda must be greater than 0, got {settings['penalty_lambda']}; {hint}")

@@ -32,7 +32,7 @@ def labels_from_masks(image: Tensor, masks: Tensor, labels: Tensor, settings: Se
     if settings.pseudo_labels == "crf":
         refined = crf_marginals(image, resize(masks, image.shape[-2:]), present)
     else:
-        if settings.loss == "paper":  # PAMR resizes as the published code does, without antialiasing
+        if settings.loss == "paper":  # with the published loss, PAMR resizes the image itself, without antialiasing
             image = F.interpolate(image, masks.shape[-2:], mode="bilinear", antialias=True)
         pamr = PAMR(settings.pamr_iterations, settings.pamr_dilations, settings.pamr_variant, resize="image")
         refined = pamr(image, masks, classes=present)

@@ -211,13 +211,11 @@ class Settings:
             raise ValueError("--masks is for --supervision masks, which is not given")
         if self.supervision == "masks" and self.model == "cam":
             raise ValueError("--supervision masks is for --model single_stage: CAM-GAP is trained from labels")
-        if not 0 <= self.mixing_rate < 1:
-            raise ValueError(f"--mixing-rate must be in [0, 1), got {self.mixing_rate}")
-        if not self.ema_decay < 1:
-            raise ValueError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
-        if not self.penalty_lambda > 0:
-            hint = "--no-size-penalty trains without the penalty"
-            raise ValueError(f"--penalty-lambda must be greater than 0, got {self.penalty_lambda}; {hint}")
+
+    @property
+    def self_supervised(self) -> bool:
+        """Whether the training makes pseudo labels: for the single-stage network, from image-level labels."""
+        return self.model == "single_stage" and self.supervision == "labels"
 
     def only_classifies(self, epoch: int) -> bool:
         """Return whether an epoch, counted from 1, comes before self-supervision."""
@@ -225,7 +223,7 @@ class Settings:
 
     def may_be_best(self, epoch: int) -> bool:
         """Return whether --checkpoint best may take an epoch: not one that comes before self-supervision."""
-        return self.model == "cam" or self.supervision == "masks" or not self.only_classifies(epoch)
+        return not (self.self_supervised and self.only_classifies(epoch))
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings in types that JSON knows."""
@@ -237,6 +235,8 @@ class Settings:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
         """Return the settings that `to_json` wrote; a missing setting has its default, an unknown one is an error."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"expected the names and values of settings, got a {type(values).__name__}")
         unknown = [key for key in values if key not in cls.__dataclass_fields__]
         if unknown:
             raise ValueError(f"unknown setting {unknown[0]!r}: the run was made by another version of train_voc.py")

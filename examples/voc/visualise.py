@@ -37,8 +37,13 @@ def overlay_figure(images: Sequence[Tensor], columns: Mapping[str, Sequence[Tens
     return figure
 
 
-def save_curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], self_supervision: int) -> None:
-    """Draw loss and mean IoU over epochs, one line per method; a dashed line marks the start of self-supervision."""
+def save_curves(
+    path: Path, histories: Mapping[str, Sequence[Mapping[str, float]]], classification_epochs: int | None
+) -> None:
+    """Draw loss and mean IoU over epochs, one line per method.
+
+    A dashed line marks the start of self-supervision, after `classification_epochs`. None: there is no start.
+    """
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     loss_axis, iou_axis = figure.subplots(1, 2)
     with mpl.rc_context({"lines.markersize": 3}):
@@ -47,7 +52,8 @@ def save_curves(path: Path, histories: Mapping[str, Sequence[Mapping[str, float]
             loss_axis.plot(epochs, [epoch["loss"] for epoch in history], "o-", label=name)
             iou_axis.plot(epochs, [epoch["miou"] for epoch in history], "o-", label=name)
     for axis, title in ((loss_axis, "training loss"), (iou_axis, "mean IoU, %")):
-        axis.axvline(self_supervision + 0.5, color="grey", linestyle="--", linewidth=1)
+        if classification_epochs is not None:
+            axis.axvline(classification_epochs + 0.5, color="grey", linestyle="--", linewidth=1)
         axis.set(xlabel="epoch", title=title)
         axis.grid(alpha=0.3)
         axis.legend()

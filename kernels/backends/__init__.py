@@ -89,7 +89,7 @@ class LabelBackend(Protocol):
         """Resize float32 maps [..., h, w] bilinearly, with `align_corners=False`."""
 
     def choose_labels(
-        self, maps: Tensor, numbers: Tensor, counts: Tensor, scores: int, size: Sequence[int], ignore_index: int
+        self, maps: Tensor, numbers: Tensor, counts: Tensor, num_scores: int, size: Sequence[int], ignore_index: int
     ) -> Tensor:
         """Return the labels [B, V, H, W] of the highest channels of float32 maps [B, 1 + M, V * S, h, w], resized.
 

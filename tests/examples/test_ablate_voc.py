@@ -136,3 +136,13 @@ def test_a_wrong_argument_ends_before_training(tmp_path: Path, capsys: pytest.Ca
         ablate_voc.main(["--table", "7", "--output", str(tmp_path), "--epochs", "none"])
     assert stop.value.code == 2
     assert "--epochs" in capsys.readouterr().err
+
+
+def test_rows_of_another_network_end_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/settings.json").write_text("{}")
+    table = ["--table", "7", "--output", str(tmp_path)]
+    assert ablate_voc.main([*table, "--resume", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("ablate_voc.py: error: --resume is not for this command")
+    assert ablate_voc.main([*table, "--model", "cam"]) == 2
+    assert capsys.readouterr().err.startswith("ablate_voc.py: error: --model cam: ")

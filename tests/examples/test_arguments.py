@@ -17,6 +17,7 @@ from voc.settings import Settings
         (["--data", "{root}", "--labels", "/no/such/file"], "labels file not found: /no/such/file"),
         (["--data", "{root}", "--table-classes", "unicorn"], "--table-classes: unknown class 'unicorn'"),
         (["--data", "{root}", "--device", "abacus"], "--device: cannot use 'abacus'"),
+        (["--data", "{root}", "--device", "meta"], "--device: cannot use 'meta': its tensors have no values"),
         (["--data", "{root}", "--backbone", "vgg16"], "--backbone vgg16 needs --weights FILE"),
         (["--data", "{root}", "--weights", "/no/such/file"], "weights not found: /no/such/file"),
         (["--data", "{root}", "--accumulate", "3"], "--batch-size must be divisible by processes x --accumulate"),

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +130,22 @@ def test_vgg16_takes_the_file_of_torchvision() -> None:
     assert renamed["fc6.weight"][2, 5, 1, 2] == 42.0
     assert renamed["fc6.bias"][2] == 8.0
     assert renamed["fc7.weight"][1, 3, 0, 0] == 43.0
+
+
+def test_a_file_of_other_weights(tmp_path: Path) -> None:
+    path = tmp_path / "vgg.pth"
+    weights: dict[Any, Tensor] = {key: value[:1, :1] for key, value in torchvision_vgg16().items() if value.dim() > 1}
+    for content, message in (
+        (weights, "does not fit VGG16: 'features.0.bias'"),
+        (
+            {**weights, **{key.replace("weight", "bias"): torch.zeros(1) for key in weights}},
+            "does not fit VGG16: shape",
+        ),
+        ({0: torch.zeros(2)}, "no weights in .*: its keys are not names"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(WeightsError, match=message):
+            pretrained_backbone("vgg16", path)
 
 
 def test_a_file_of_weights(tmp_path: Path) -> None:

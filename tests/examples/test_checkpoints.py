@@ -77,6 +77,24 @@ def test_a_damaged_checkpoint(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [[], "", None])
+def test_settings_that_are_none(
+    content: object, checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint()
+    saved = read_checkpoint(path)
+    torch.save({**saved, "settings": content}, path)
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint of train_voc\.py: settings is a "):
+        load_trained(path)
+    (path.parent / "settings.json").write_text(json.dumps({**saved["settings"], "baseline": False}))
+    assert main(["--resume", str(path)]) == 2
+    (path.parent / "settings.json").write_text(json.dumps(content))
+    assert main(["--resume", str(path)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train_voc.py: ")]
+    assert "is not a checkpoint of train_voc.py: settings is a " in errors[0]
+    assert "settings.json: expected the names and values of settings" in errors[1]
+
+
 def test_settings_of_another_version(checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = checkpoint()
     saved = read_checkpoint(path)

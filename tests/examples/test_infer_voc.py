@@ -365,12 +365,26 @@ def test_ctrl_c_leaves_whole_masks(
     assert read_mask(tmp_path / "out/masks/b.png").shape == (32, 48)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_too_little_memory(
-    trained: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception,
+    trained: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def too_large(model: object, image: torch.Tensor, *arguments: object) -> object:
         if image.shape[-1] == 48:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            raise error
         return multi_scale_masks(model, image, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(voc.inference.segmenter, "multi_scale_masks", too_large)
@@ -437,6 +451,7 @@ def test_crf(trained: Path, images: Path, tmp_path: Path) -> None:
         (["{trained}", "{images}", "--clean"], "--clean needs image-level labels: give --labels FILE"),
         (["{trained}", "{images}", "--clean", "--labels", "none"], "labels file not found: none"),
         (["{trained}", "{images}", "--device", "abacus"], "--device: cannot use 'abacus'"),
+        (["{trained}", "{images}", "--device", "meta"], "--device: cannot use 'meta'"),
         (["{trained}", "{images}", "--scales", "0"], "--scales must be at least 0.1, got 0.0"),
         (["{trained}", "{images}", "--background-power", "nan"], "--background-power must be at least 0, got nan"),
         (["{trained}", "{images}", "--cam-background", "0.1"], "--cam-background is for a CAM-GAP checkpoint"),

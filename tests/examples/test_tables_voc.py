@@ -14,7 +14,7 @@ import pytest
 import tables_voc
 import torch
 from voc.arguments import run_settings
-from voc.checkpoints import save_checkpoint
+from voc.checkpoints import CheckpointError, load_trained, read_checkpoint, save_checkpoint
 from voc.dataset.layout import read_split
 from voc.dataset.toy import OBJECTS
 from voc.evaluation.metrics import mean_iou
@@ -114,19 +114,52 @@ def test_table_6(make: Make, run: Path, toy_root: Path, tmp_path: Path, capsys: 
         assert archive.getnames() == [f"results/VOC2012/Segmentation/comp6_test_cls/{name}.png" for name in names]
 
 
-def test_table_8(make: Make, tmp_path: Path) -> None:
+def test_table_8(make: Make, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["8", "--no-crf", "--epochs", "1", "--classification-epochs", "0"]
     assert make(*arguments) == 0
-    settings = json.loads((tmp_path / "table_8/second_stage/settings.json").read_text())
+    second = tmp_path / f"table_8/{run.name}_single_stage/second_stage_masks"
+    settings = json.loads((second / "settings.json").read_text())
     assert settings["supervision"] == "masks"
     assert settings["channels"] == 8
     assert Path(settings["masks"]).is_dir()
-    _, _, first, second = cells(tmp_path, "8")
+    _, _, first, last = cells(tmp_path, "8")
     assert first == ["one stage", "30.0"]
-    assert second[0] == "two stages"
-    before = (tmp_path / "table_8/second_stage/single_stage.pt").stat().st_mtime_ns
+    assert last[0] == "two stages"
+    before = (second / "single_stage.pt").stat().st_mtime_ns
     assert make(*arguments) == 0
-    assert (tmp_path / "table_8/second_stage/single_stage.pt").stat().st_mtime_ns == before
+    assert (second / "single_stage.pt").stat().st_mtime_ns == before
+    assert make(*arguments, "--lr", "1") == 2
+    assert f"{second} is of another network or other arguments: give another --output" in capsys.readouterr().err
+
+
+def test_table_8_is_cleaned_with_the_labels_of_the_run(
+    make: Make, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def interrupted(command: list[str]) -> int:
+        commands.append(command)
+        return 130
+
+    monkeypatch.setattr(infer_voc, "main", interrupted)
+    shutil.copytree(run, tmp_path / "run")
+    settings = json.loads((run / "settings.json").read_text())
+    (tmp_path / "run/settings.json").write_text(json.dumps({**settings, "labels": "some/labels.txt"}))
+    assert make("8", "--runs", str(tmp_path / "run")) == 1
+    assert commands[0][-2:] == ["--labels", "some/labels.txt"]
+    (tmp_path / "run/iou.csv").write_text("class,CAM-GAP\nbackground,30\n")
+    assert make("8", "--runs", str(tmp_path / "run")) == 2  # before any mask is made
+    assert len(commands) == 1
+
+
+@pytest.mark.parametrize("content", ["", "class,ours\nbackground\n", "class,ours\nbackground,none\n"])
+def test_a_damaged_table_of_a_run(
+    content: str, make: Make, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/iou.csv").write_text(content)
+    assert make("8", "--runs", str(tmp_path / "run")) == 2
+    assert f"cannot read {tmp_path}/run/iou.csv: " in capsys.readouterr().err
 
 
 def test_table_9(make: Make, tmp_path: Path) -> None:
@@ -137,13 +170,30 @@ def test_table_9(make: Make, tmp_path: Path) -> None:
 
 
 def test_the_best_checkpoint_is_used_if_it_was_asked_for(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run/single_stage_best.pt").write_bytes(b"")
-    assert [method.load for method in tables_voc.trained_methods(tmp_path / "run")][-1][0].endswith("single_stage.pt")
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    history = [{"held-out loss": loss} for loss in (0.3, 0.1, 0.2)]
+
+    def save(suffix: str, epochs: int) -> None:
+        checkpoint = read_checkpoint(run / "single_stage.pt")
+        model, classes, settings = load_trained(run / "single_stage.pt")
+        progress = {**checkpoint["progress"], "history": history[:epochs]}
+        save_checkpoint(folder / f"single_stage{suffix}.pt", model, settings, classes, progress)
+
+    def used() -> list[str]:
+        return [Path(*method.load).name for method in tables_voc.trained_methods(folder)]
+
+    save("", 3)
+    save("_best", 2)
+    assert used() == ["cam.pt", "single_stage.pt"]
     settings = json.loads((run / "settings.json").read_text())
-    (tmp_path / "run/settings.json").write_text(json.dumps({**settings, "checkpoint": "best"}))
-    cam, ours = tables_voc.trained_methods(tmp_path / "run")
-    assert (Path(cam.load[0]).name, Path(ours.load[0]).name) == ("cam.pt", "single_stage_best.pt")
+    (folder / "settings.json").write_text(json.dumps({**settings, "checkpoint": "best"}))
+    assert used() == ["cam.pt", "single_stage_best.pt"]
+    save("_best", 3)  # of a run that went on and was abandoned
+    with pytest.raises(CheckpointError, match="no checkpoint of epoch 2, the best one of this run"):
+        used()
+    save("_002", 2)
+    assert used() == ["cam.pt", "single_stage_002.pt"]
 
 
 def test_an_unfinished_training_has_no_table(

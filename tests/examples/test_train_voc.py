@@ -186,6 +186,8 @@ def test_a_new_run_does_not_go_on_from_an_earlier_one(
     assert main([*QUICK, "--data", str(toy_root), "--output", str(output), "--no-baseline", "--seed", "9"]) == 130
     assert state.checkpoint_to_resume(train_voc.parse_arguments(["--resume", str(output)])) is None
     assert not (output / "iou.csv").exists()
+    assert not (output / "tensorboard").exists()
+    assert (output / "tensorboard.old/single_stage").is_dir()
     kept = output / "single_stage.pt.old"
     assert kept.read_bytes() == (finished / "single_stage.pt").read_bytes()
 
@@ -411,6 +413,18 @@ def test_a_full_disk_is_reported_in_one_line(
     assert error.strip().splitlines()[-1] == (
         f"train_voc.py: error: {tmp_path}: [Errno {errno.ENOSPC}] No space left on device"
     )
+
+
+def test_too_little_memory_is_reported_in_one_line(
+    toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: Any) -> None:
+        torch.empty(2**55)
+
+    monkeypatch.setattr(train_voc, "train_step", too_large)
+    assert main([*QUICK, "--data", str(toy_root), "--output", str(tmp_path), "--no-baseline"]) == 1
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("train_voc.py: error: not enough memory: try a smaller --batch-size")
 
 
 def test_two_processes_have_the_losses_of_one(finished: Path, toy_root: Path, tmp_path: Path) -> None:

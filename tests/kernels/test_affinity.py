@@ -74,6 +74,16 @@ def test_steep_forms_lose_nothing_before_they_are_rounded(
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_an_outlier_among_nearly_equal_neighbours(backend: BackendName) -> None:
+    # Without the centre in sigma, the exponents are some 100,000, and only their differences matter.
+    image = torch.from_numpy(1e-4 * np.random.default_rng(0).random((1, 2, 11, 13))).float()
+    image[..., 5, 6] = 1
+    expected = torch.from_numpy(reference.neighbour_affinity(exact(image), [1, 2, 4], 0.1))
+    actual = pamr_affinity(image, [1, 2, 4], Variant(with_centre=False), backend).double()
+    torch.testing.assert_close(actual, expected, rtol=2e-7, atol=2e-7)
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_squares_of_small_multiples_of_sigma_lose_nothing_either(backend: BackendName) -> None:
     image = torch.from_numpy(np.random.default_rng(0).random((1, 3, 11, 13))).float()  # exponents of some thousands
     variant = Variant(weight=0.02, power=2, with_centre=False)

@@ -49,8 +49,9 @@ class Backbone(nn.Module, ABC):
     def memory_format(self, device: torch.device) -> torch.memory_format:
         """Return the memory format that is fast on a device, in training or in evaluation mode.
 
-        This is channels_last, except in training on a CPU. With AVX2, the gradient of a 3x3 convolution with respect to
-        its weights takes up to 2.5 times as long in channels_last (AMD EPYC, family 25, model 17).
+        This is channels_last, except in training on a CPU where `channels_last_on_cpu` is False. With AVX2, the
+        gradient of a 3x3 convolution with respect to its weights takes up to 2.5 times as long in channels_last (AMD
+        EPYC, family 25, model 17).
         """
         is_last = device.type != "cpu" or self.channels_last_on_cpu or not self.training
         return torch.channels_last if is_last else torch.contiguous_format
@@ -61,7 +62,11 @@ class Backbone(nn.Module, ABC):
 
     def load_weights(self, path: Path) -> None:
         """Load ImageNet weights from a file, which must hold every weight of the backbone and no others."""
-        weights = self.rename_weights(read_state_dict(path))
+        content = read_state_dict(path)
+        try:
+            weights = self.rename_weights(content)
+        except (KeyError, RuntimeError) as error:  # the file has some of the names, and other layers
+            raise WeightsError(f"{path} does not fit {type(self).__name__}: {error}") from error
         load_strictly(self, weights, f"{path} does not fit {type(self).__name__}")
 
 
@@ -94,6 +99,8 @@ def unwrap_state_dict(content: Any, source: str) -> dict[str, Tensor]:
         content = inner[0]
     if not isinstance(content, Mapping):
         raise WeightsError(f"no weights in {source}: it holds a {type(content).__name__}")
+    if not all(isinstance(key, str) for key in content):
+        raise WeightsError(f"no weights in {source}: its keys are not names")
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 

@@ -16,7 +16,6 @@ from .errors import DataError
 IGNORE = 255  # void in the ground truth, "no label" in pseudo labels
 # Pillow reads more formats, and detects them by the content, not the suffix: for EPS it would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for bad files
 # How to turn an image upright, by its EXIF orientation.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,7 +33,7 @@ def check_image(path: Path) -> None:
     try:
         with Image.open(path, formats=FORMATS):
             pass
-    except IMAGE_ERRORS as error:
+    except Exception as error:  # Pillow raises nearly anything for a damaged file
         raise DataError(f"cannot read image {path}: {error}") from error
 
 
@@ -57,7 +56,7 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(path, formats=FORMATS) as image:
             turn, rgb = turn_upright(image), to_rgb(image)
-    except (DataError, *IMAGE_ERRORS) as error:
+    except Exception as error:  # as above
         raise DataError(f"cannot read image {path}: {error}") from error
     pixels = np.array(rgb if turn is None else rgb.transpose(turn))  # [H, W, 3]
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
@@ -68,7 +67,7 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             mode, mask = image.mode, np.array(image)
-    except IMAGE_ERRORS as error:
+    except Exception as error:  # as above
         raise DataError(f"cannot read mask {path}: {error}") from error
     if mode not in ("P", "L"):
         raise DataError(f"mask {path} has mode {mode}: expected a palette or 8-bit greyscale PNG")

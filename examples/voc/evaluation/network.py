@@ -154,7 +154,7 @@ class Pictures(NamedTuple):
 
 @torch.no_grad()
 def draw(model: Network, dataset: VOCDataset, settings: Settings, device: torch.device, count: int = 6) -> Pictures:
-    """Return the first images: the mask, the mask refined, the pseudo label made of the mask, the ground truth."""
+    """Return the first images: mask, refined mask, pseudo label of the masks at scale 1, and ground truth."""
     model.eval()
     samples = [dataset[index] for index in range(min(count, len(dataset)))]
     titles = ["mask", "pseudo label", "ground truth"]

@@ -32,8 +32,14 @@ class Report:
         self.average_precision[name] = evaluation.average_precision
         self.histories[name] = history
 
-    def write(self, folder: Path, title: str, self_supervision: int) -> str:
-        """Write tables and curves; return the tables as text. `self_supervision` is the last epoch without it."""
+    def write(self, folder: Path, title: str, classification_epochs: int | None) -> str:
+        """Write tables and curves; return the tables as text.
+
+        Args:
+            folder: the folder of the files.
+            title: the line above the table of IoU.
+            classification_epochs: the epochs before self-supervision; None if there is no self-supervision.
+        """
         table = iou_table(self.classes, self.iou, self.rows)
         write_text_whole(folder / "iou.md", table + "\n")
         save_iou_csv(folder / "iou.csv", self.classes, self.iou)
@@ -55,5 +61,5 @@ class Report:
             write_text_whole(folder / "pseudo_labels.md", labels_table + "\n")
             save_iou_csv(folder / "pseudo_labels.csv", self.classes, columns)
             parts.append(labels_table)
-        save_curves(folder / "curves.png", self.histories, self_supervision)
+        save_curves(folder / "curves.png", self.histories, classification_epochs)
         return "\n\n".join(parts)

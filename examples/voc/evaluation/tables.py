@@ -86,12 +86,15 @@ def save_iou_csv(path: Path, classes: Sequence[str], columns: Mapping[str, Tenso
 
 def load_iou_csv(path: Path) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Return the classes and the columns of a file of `save_iou_csv`."""
-    with path.open(newline="", encoding="utf-8") as file:
-        header, *lines = csv.reader(file)
-    columns = {
-        name: torch.tensor([float(line[i]) for line in lines], dtype=torch.float64)
-        for i, name in enumerate(header[1:], start=1)
-    }
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *lines = csv.reader(file)
+        columns = {
+            name: torch.tensor([float(line[i]) for line in lines], dtype=torch.float64)
+            for i, name in enumerate(header[1:], start=1)
+        }
+    except (ValueError, IndexError, csv.Error) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
     return tuple(line[0] for line in lines), columns
 
 

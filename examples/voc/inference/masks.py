@@ -26,7 +26,7 @@ def multi_scale_masks(
             through the network, as in the authors' published code. None does not pad.
 
     Returns:
-        masks [C + 1, H, W], background first, and the probability of each class [C]: the highest over the scales.
+        masks [C + 1, H, W], background first, and the probability of each class [C]: the highest over scales and flips.
 
     Raises:
         DataError: a scaled image is larger than `pad_to`.

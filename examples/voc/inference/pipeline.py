@@ -7,9 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
-
 from ..dataset.errors import DataError
+from ..devices import is_out_of_memory
 from .claims import Claim
 from .outputs import Outputs
 from .pictures import Picture, read_picture
@@ -18,8 +17,6 @@ from .segmenter import Segmenter, SoftMasks
 from .sources import Source, name_clashes
 
 Status = Literal["segmented", "done before", "elsewhere", "skipped"]
-
-OUT_OF_MEMORY = (MemoryError, torch.cuda.OutOfMemoryError)
 
 
 class Outcome(NamedTuple):
@@ -114,12 +111,11 @@ class Pipeline:
         except DataError as error:
             claim.release()
             return Outcome(source.name, "skipped", reason=str(error))
-        except MemoryError:
+        except BaseException as error:
             claim.release()
+            if not is_out_of_memory(error):
+                raise
             return too_little_memory(source)
-        except BaseException:
-            claim.release()
-            raise
 
     def compute(self, source: Source, work: Work | Outcome, writers: ThreadPoolExecutor) -> Future[Outcome]:
         """Run the network, and submit the refinement and writing to a thread."""
@@ -130,12 +126,11 @@ class Pipeline:
             except DataError as error:
                 work.claim.release()
                 work = Outcome(source.name, "skipped", reason=str(error))
-            except OUT_OF_MEMORY:
+            except BaseException as error:
                 work.claim.release()
+                if not is_out_of_memory(error):
+                    raise
                 work = too_little_memory(source)
-            except BaseException:
-                work.claim.release()
-                raise
         known: Future[Outcome] = Future()
         known.set_result(work)
         return known
@@ -146,7 +141,9 @@ class Pipeline:
             refined = self.refine(work.picture, soft)
             self.outputs.write(work.source, work.key, work.picture, soft, refined)
             return Outcome(work.source.name, "segmented", soft.probabilities.tolist())
-        except OUT_OF_MEMORY:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             return too_little_memory(work.source)
         finally:
             work.claim.release()

@@ -38,6 +38,8 @@ def start_accelerator(settings: Settings) -> Accelerator:
     # A frozen backbone has no gradients to share.
     parallel = DistributedDataParallelKwargs(find_unused_parameters=settings.freeze_backbone)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=precision, kwargs_handlers=[parallel])
+    if accelerator.device.type != device.type:
+        raise ValueError(f"--device {settings.device}: the training would run on {accelerator.device}")
     shares = accelerator.num_processes * settings.accumulate
     if settings.batch_size % shares:
         raise ValueError(

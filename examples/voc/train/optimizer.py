@@ -33,7 +33,10 @@ def freeze_norm_statistics(model: Network) -> None:
 
 
 def decay_factor(done: int, total: int, power: float) -> float:
-    """Return the factor of the learning rates after `done` of `total` steps: 1 at first, 0 after the last step."""
+    """Return the factor of the learning rates after `done` of `total` steps: 1 at first, 0 after the last step.
+
+    With power 0, it is always 1.
+    """
     return max(0.0, 1 - done / total) ** power
 
 

@@ -1,14 +1,14 @@
 """The state of a training that is saved and resumed: network, optimizer, and progress."""
 
 import copy
-import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from ..arguments import resumed_folder
-from ..checkpoints import CheckpointError, read_checkpoint, save_checkpoint
+from ..checkpoints import HELD_OUT_LOSS, CheckpointError, best_checkpoint, best_epoch, read_checkpoint, save_checkpoint
 from ..model import Network, build_model
 from ..settings import Settings
 from .distribution import Group, share_batch_statistics
@@ -16,7 +16,6 @@ from .optimizer import build_optimizer, decay_factor, freeze, update_average, wa
 from .seeds import seed_everything
 
 LOSSES = ("loss", "classification", "segmentation", "energy")
-HELD_OUT_LOSS = "held-out loss"
 
 
 class TrainingState:
@@ -96,30 +95,18 @@ class TrainingState:
         # The copies come first: if the process is killed between two files, the resumed run writes all of them again.
         if self.settings.keep_checkpoints:
             self.save(f"_{done:03d}")
-        if HELD_OUT_LOSS in figures and done == self.best_epoch:
+        if HELD_OUT_LOSS in figures and done == best_epoch(self.history):
             self.save("_best")
         self.save()
 
-    @property
-    def best_epoch(self) -> int | None:
-        """Return the epoch with the lowest held-out loss, or None if no epoch has one."""
-        losses = {epoch: figures.get(HELD_OUT_LOSS, math.inf) for epoch, figures in enumerate(self.history, start=1)}
-        best = min(losses, key=lambda epoch: losses[epoch], default=None)
-        return None if best is None or losses[best] == math.inf else best
-
     def load_best(self) -> None:
         """Load the weights of the best epoch into the network, if there is one."""
-        if self.settings.checkpoint != "best" or self.best_epoch is None:
+        if self.settings.checkpoint != "best":
             return
         self.accelerator.wait_for_everyone()
-        # `_best` is of a later epoch if the run was resumed from an earlier one.
-        for suffix in ("_best", f"_{self.best_epoch:03d}"):
-            path = self.settings.output / f"{self.settings.model}{suffix}.pt"
-            best = read_checkpoint(path) if path.is_file() else None
-            if best is not None and len(best["progress"]["history"]) == self.best_epoch:
-                self.result.load_state_dict(best["model"])
-                return
-        raise CheckpointError(f"no checkpoint of epoch {self.best_epoch}, the best one of this run: looked for {path}")
+        best = best_checkpoint(self.settings.output / f"{self.settings.model}.pt")
+        if best is not None:
+            self.result.load_state_dict(read_checkpoint(best)["model"])
 
     def save(self, suffix: str = "") -> None:
         """Write a checkpoint into the output folder."""
@@ -152,13 +139,14 @@ class TrainingState:
             self.history = progress["history"]
             if self.accelerator.scaler is not None and progress["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(progress["scaler"])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"--resume: {path} does not fit: {str(error).splitlines()[0]}") from error
 
 
 def set_aside_earlier_run(folder: Path) -> None:
-    """Rename the checkpoints and the table of an earlier run, which `--resume` would take for those of this one."""
-    for pattern in ("cam*.pt", "single_stage*.pt", "iou.csv"):
+    """Rename the checkpoints, the table and the curves of an earlier run, so that they are not taken for this one's."""
+    shutil.rmtree(folder / "tensorboard.old", ignore_errors=True)  # a folder does not replace another one
+    for pattern in ("cam*.pt", "single_stage*.pt", "iou.csv", "tensorboard"):
         for path in folder.glob(pattern):
             path.replace(path.with_name(f"{path.name}.old"))
 
@@ -172,7 +160,7 @@ def checkpoint_to_resume(settings: Settings) -> Path | None:
     resume = settings.resume
     if resume is None:
         return None
-    if resume.is_file() and read_checkpoint(resume)["settings"]["model"] == settings.model:
+    if resume.is_file() and read_checkpoint(resume)["settings"].get("model") == settings.model:
         return resume
     last = resumed_folder(resume) / f"{settings.model}.pt"
     if not last.is_file():

@@ -77,8 +77,8 @@ def _in_double(variant: Variant, dtype: torch.dtype) -> bool:
 
     Differences that matter are at most some tens after the division by sigma, so float32 is exact enough for squares.
     """
-    bounded = variant.sigma_power == 1 and variant.weight >= LEAST_WEIGHT and dtype != torch.float64
-    return variant.is_steep and not bounded
+    exact_squares = variant.power == 2 and variant.sigma_power == 1 and variant.weight >= LEAST_WEIGHT
+    return variant.is_steep and not (exact_squares and dtype != torch.float64)
 
 
 def propagate(

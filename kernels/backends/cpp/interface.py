@@ -122,12 +122,15 @@ def declare(library: ctypes.CDLL) -> None:
     Raises:
         OSError: the library was compiled from another version of the C++.
     """
-    _check_structs(library)
-    for name, struct in FUNCTIONS.items():
-        function, workspace = getattr(library, name), getattr(library, f"{name}_workspace")
-        function.argtypes, function.restype = (ctypes.POINTER(struct), ctypes.c_void_p), None
-        workspace.argtypes, workspace.restype = (ctypes.POINTER(struct),), ctypes.c_int64
-    _declare_lattice(library)
+    try:
+        _check_structs(library)
+        for name, struct in FUNCTIONS.items():
+            function, workspace = getattr(library, name), getattr(library, f"{name}_workspace")
+            function.argtypes, function.restype = (ctypes.POINTER(struct), ctypes.c_void_p), None
+            workspace.argtypes, workspace.restype = (ctypes.POINTER(struct),), ctypes.c_int64
+        _declare_lattice(library)
+    except AttributeError as error:  # a function is missing
+        raise OSError(f"the library was compiled from another version of the C++: {error}") from error
 
 
 def _declare_lattice(library: ctypes.CDLL) -> None:

@@ -41,7 +41,7 @@ class Lattices:
             normalise,
             torch.get_num_threads(),
         )
-        check_status(status, image, size)
+        check_status(status, *(("an image of size", size) if image is None else ("an image of shape", image.shape)))
         self.pointer = pointer
         weakref.finalize(self, self.library.lattices_free, pointer)
 
@@ -51,9 +51,9 @@ class Lattices:
         out = torch.empty_like(values)
         is_double = values.dtype == torch.float64
         compute = self.library.lattices_filter_double if is_double else self.library.lattices_filter_float
-        batch, channels, *size = values.shape
-        sizes = (batch, channels, transposed, torch.get_num_threads())
-        check_status(compute(self.pointer, values.data_ptr(), out.data_ptr(), *sizes), values, size)
+        sizes = (*values.shape[:2], transposed, torch.get_num_threads())
+        status = compute(self.pointer, values.data_ptr(), out.data_ptr(), *sizes)
+        check_status(status, "maps of shape", values.shape)
         return out
 
     def count_vertices(self) -> int:
@@ -61,12 +61,11 @@ class Lattices:
         return int(self.library.lattices_vertices(self.pointer))
 
 
-def check_status(status: int, tensor: Tensor | None, size: Sequence[int]) -> None:
-    """Raise the error that a function of lattice.cpp reports."""
+def check_status(status: int, what: str, sizes: Sequence[int]) -> None:
+    """Raise the error that a function of lattice.cpp reports: `what` has these sizes."""
     if status != 0:
         error, message = ERRORS[status]
-        what = f"an image of size {list(size)}" if tensor is None else f"an image of shape {list(tensor.shape)}"
-        raise error(message.format(what))
+        raise error(message.format(f"{what} {list(sizes)}"))
 
 
 def make_filter(image: Tensor | None, like: Tensor, gaussian: Gaussian, normalise: bool) -> Filter:
@@ -92,5 +91,5 @@ def mean_field(logits: Tensor, filters: Sequence[tuple[float, Filter]], num_iter
         num_iter,
         torch.get_num_threads(),
     )
-    check_status(status, logits, logits.shape[2:])
+    check_status(status, "logits of shape", logits.shape)
     return out

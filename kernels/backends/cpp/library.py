@@ -35,6 +35,10 @@ INSTRUCTIONS = {
 }
 
 
+class CompileError(OSError):
+    """The compiler reports an error, which is the message."""
+
+
 def load() -> ctypes.CDLL | None:
     """Return the library, or None if there is none; `problem` says why."""
     return _find()[0]
@@ -92,6 +96,8 @@ def _open(file: Path) -> ctypes.CDLL:
 def _load_or_compile(command: list[str]) -> ctypes.CDLL:
     try:
         return _load_from_cache(command, _cache_folder())
+    except CompileError:
+        raise
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             library = _open(_compile(command, Path(folder)))
@@ -114,7 +120,7 @@ def _load_from_cache(command: list[str], cache: Path) -> ctypes.CDLL:
             _check_owner(f"the file {kept}", kept.stat())
             try:
                 return _open(kept)
-            except (OSError, AttributeError):
+            except OSError:
                 kept.unlink(missing_ok=True)  # not a library; another process may have removed it
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         compiled = _compile(command, Path(folder))
@@ -142,7 +148,7 @@ def _compile(command: list[str], folder: Path) -> Path:
         if status == 0:
             return folder / name
         errors.append(f"{shlex.join(arguments)}: {messages}")
-    raise OSError(errors[0])
+    raise CompileError(errors[0])
 
 
 def _execute(command: list[str]) -> tuple[int, str, str]:

@@ -117,6 +117,16 @@ def test_broken(name: str, tmp_path: Path) -> None:
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_damaged_exif(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(noise(5, 6)).save(path, exif=b"Exif\0\0II*\0")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_picture(path, ALL)
+    with pytest.raises(DataError, match="cannot read image"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "bmp", "webp", "tif"])
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 def test_truncated(suffix: str, part: float, tmp_path: Path) -> None:
