@@ -31,11 +31,11 @@ class Compared(NamedTuple):
 
 
 @torch.no_grad()
-def compare_iou(root: Path, num_images: int, checkpoint: Path | None, rows: Sequence[str]) -> Compared:
-    """Compare on the first images of the split `val`, by the mean IoU of the classes `rows` (none: all)."""
+def compare_iou(root: Path, num_images: int, checkpoint: Path | None, table_classes: Sequence[str]) -> Compared:
+    """Compare on the first images of the split `val`, by the mean IoU of `table_classes` (none: all)."""
     classes = read_classes(root)
     names = ("background", *classes)
-    indices = class_indices(rows or names, names, source="--table-classes")
+    indices = class_indices(table_classes or names, names, source="--table-classes")
     split = load_split_with_masks(root, read_split(root, "val"), classes).first(num_images)
     dataset = VOCDataset(split)
     counts = {name: Count(dataset) for name in ("masks", "pydensecrf2", "DenseCRF")}

@@ -84,10 +84,10 @@ def page(ablation: Ablation, data: Path, command: str, results: Results) -> str:
     num_train, num_val = (len(read_split(data, split)) for split in ("train", "val"))
     seeds = ", ".join(map(str, ablation.seeds))
     about = (
-        f"Mean IoU in percent over {len(class_rows)} classes on {num_val} validation images, seeds: {seeds}."
+        f"Mean IoU in percent over {len(class_rows)} classes on {num_val} validation images."
         f" In brackets: the difference from the preset. {about_seeds(ablation)} {about_the_data(ablation)}"
     )
-    return f"""# VOC animals: ingredients
+    return f"""# VOC animals: ingredients, {"seed" if len(ablation.seeds) == 1 else "seeds"} {seeds}
 
 {command}
 

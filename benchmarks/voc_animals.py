@@ -91,7 +91,7 @@ def chosen_methods(comparison: Comparison) -> Mapping[str, Method]:
 def page(comparison: Comparison, data: Path, command: str, results: Results) -> str:
     """Return the Markdown page of the results."""
     classes = ("background", *read_classes(data))
-    rows = [classes.index(name) for name in comparison.table_classes]
+    class_rows = [classes.index(name) for name in comparison.table_classes]
     columns = ["raw", *comparison.columns]
     seeds = ", ".join(map(str, comparison.seeds))
     per_class: dict[str, Tensor] = {
@@ -111,10 +111,10 @@ def page(comparison: Comparison, data: Path, command: str, results: Results) -> 
 {trained_on(data)}
 Training took {hours["training"]:.2f} h, choices and measurements {hours["measuring"]:.2f} h.
 
-Mean IoU in percent over {len(rows)} classes on {num_val} validation images, over seeds {seeds}: mean ± standard
+Mean IoU in percent over {len(class_rows)} classes on {num_val} validation images, over seeds {seeds}: mean ± standard
 deviation. {about_the_data(comparison)}
 
-{headline_table(columns, rows, results)}
+{headline_table(columns, class_rows, results)}
 
 Ceiling is full supervision: the same network, trained on the masks of the training images for as many steps. CAM-GAP
 has the same backbone, images, image-level labels, augmentation, optimiser and epochs as ours; the preset, with its
@@ -125,7 +125,7 @@ masks: the background of the ceiling always has power 1, which does not suit the
 
 Raw masks, classes chosen by the network, mean over seeds.
 
-{iou_table(classes, per_class, rows)}
+{iou_table(classes, per_class, class_rows)}
 
 ## Choices
 
@@ -154,12 +154,12 @@ def missing_rows(results: Results) -> str:
     return f"\n\nNot in this table, because `--methods` left it out: {', '.join(missing)}." if missing else ""
 
 
-def headline_table(columns: Sequence[str], rows: Sequence[int], results: Results) -> str:
+def headline_table(columns: Sequence[str], class_rows: Sequence[int], results: Results) -> str:
     """Return the table of mean IoU over seeds, with ours / ceiling and ours - CAM-GAP, for both protocols."""
     lines = [["", *(TITLES[column] for column in columns)]]
     for protocol in PROTOCOLS:
         means = {
-            name: [[mean_iou(one.iou[protocol][column], rows) for one in runs] for column in columns]
+            name: [[mean_iou(one.iou[protocol][column], class_rows) for one in runs] for column in columns]
             for name, runs in results.items()
         }
         pairs: dict[str, tuple[MethodName, MethodName, Callable[[float, float], float], int]] = {

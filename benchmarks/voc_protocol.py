@@ -119,9 +119,9 @@ class Count:
         """Return the IoU per class [C + 1] in percent."""
         return class_metrics(self.confusion).iou
 
-    def mean(self, rows: Sequence[int]) -> float:
-        """Return the mean IoU of the classes `rows`."""
-        return mean_iou(self.iou(), rows)
+    def mean(self, class_rows: Sequence[int]) -> float:
+        """Return the mean IoU of the classes `class_rows`."""
+        return mean_iou(self.iou(), class_rows)
 
 
 class Setting(NamedTuple):
@@ -249,15 +249,15 @@ Key = TypeVar("Key")
 
 
 def best_settings(
-    images: Images, groups: Mapping[Key, Sequence[Setting]], rows: Sequence[int], description: str
+    images: Images, groups: Mapping[Key, Sequence[Setting]], class_rows: Sequence[int], description: str
 ) -> dict[Key, Setting]:
-    """Return the setting of every group with the highest mean IoU of the classes `rows`."""
+    """Return the setting of every group with the highest mean IoU of the classes `class_rows`."""
     counts = {one: Count(images.dataset) for group in groups.values() if len(group) > 1 for one in group}
     backgrounds = {setting.cut.background for setting in counts}
     for seen in images.see(description, backgrounds) if counts else ():
         for setting, count in counts.items():
             count.add(seen.classify(setting), seen.sample.mask)
-    means = {setting: count.mean(rows) for setting, count in counts.items()}
+    means = {setting: count.mean(class_rows) for setting, count in counts.items()}
     return {key: max(group, key=lambda one: means.get(one, 0.0)) for key, group in groups.items()}
 
 
@@ -267,9 +267,9 @@ def choose(
     scales: Sequence[float],
     grid: Grid,
     columns: Sequence[ColumnName],
-    rows: Sequence[int],
+    class_rows: Sequence[int],
 ) -> dict[ProtocolName, Choice]:
-    """Return the settings with the highest mean IoU of the classes `rows` on a set of training images.
+    """Return the settings with the highest mean IoU of the classes `class_rows` on a set of training images.
 
     First, the background and the lowest probability are chosen for the raw masks. Iterations and dilations follow with
     these settings, and then the background of every column.
@@ -280,7 +280,7 @@ def choose(
         "given": [Cut(background, 0.5) for background in grid.backgrounds],  # labels are 0 or 1
     }
     raw = best_settings(
-        images, {one: [Setting(one, cut) for cut in cuts[one]] for one in PROTOCOLS}, rows, "choosing the cut"
+        images, {one: [Setting(one, cut) for cut in cuts[one]] for one in PROTOCOLS}, class_rows, "choosing the cut"
     )
     refined = best_settings(
         images,
@@ -288,7 +288,7 @@ def choose(
             (protocol, column): [raw[protocol]._replace(column=column, refinement=one) for one in settings_of(column)]
             for protocol, column in product(PROTOCOLS, columns)
         },
-        rows,
+        class_rows,
         "choosing the refinement",
     )
     with_background = best_settings(
@@ -297,7 +297,7 @@ def choose(
             key: [one._replace(cut=one.cut._replace(background=background)) for background in grid.backgrounds]
             for key, one in refined.items()
         },
-        rows,
+        class_rows,
         "choosing the backgrounds",
     )
     chosen = {}

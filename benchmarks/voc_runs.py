@@ -197,7 +197,7 @@ def train_and_measure(
 ) -> dict[str, Any]:
     """Train one network, choose on the training split and measure on the validation split, where that is missing."""
     folder, seed = settings.output, settings.seed
-    rows = class_indices(runs.table_classes, ("background", *read_classes(data)), source="--table-classes")
+    class_rows = class_indices(runs.table_classes, ("background", *read_classes(data)), source="--table-classes")
     started = (folder / "settings.json").is_file()
     if started:
         check_same_run(folder, settings, (*free_settings(settings), *PLACES, *TABLE_SETTINGS))
@@ -220,7 +220,7 @@ def train_and_measure(
 
     def choose() -> Any:
         chosen = voc_protocol.choose(
-            network(), load_set(data, "train", runs.labels), settings.scales, method.grid, runs.columns, rows
+            network(), load_set(data, "train", runs.labels), settings.scales, method.grid, runs.columns, class_rows
         )
         return {protocol: choice._asdict() for protocol, choice in chosen.items()}
 

@@ -62,7 +62,8 @@ def test_the_whole_ablation(tmp_path: Path) -> None:
     command = text.split("\n\n")[1].replace("\\\n", " ")
     assert shlex.split(command) == ["python", "benchmarks/voc_ablation.py", *arguments]
     for expected in (
-        "2 validation images, seeds: 3",
+        "# VOC animals: ingredients, seed 3",
+        "2 validation images.",
         "8 images of the split `train`",
         "| no PAMR | `--pamr-iterations 0` |",
         "Not in the table: backbone trained in classification; ",

@@ -35,10 +35,6 @@ INSTRUCTIONS = {
 }
 
 
-class CompileError(OSError):
-    """The compiler reports an error, which is the message."""
-
-
 def load() -> ctypes.CDLL | None:
     """Return the library, or None if there is none; `problem` says why."""
     return _find()[0]
@@ -96,8 +92,6 @@ def _open(file: Path) -> ctypes.CDLL:
 def _load_or_compile(command: list[str]) -> ctypes.CDLL:
     try:
         return _load_from_cache(command, _cache_folder())
-    except CompileError:
-        raise
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             library = _open(_compile(command, Path(folder)))
@@ -148,7 +142,7 @@ def _compile(command: list[str], folder: Path) -> Path:
         if status == 0:
             return folder / name
         errors.append(f"{shlex.join(arguments)}: {messages}")
-    raise CompileError(errors[0])
+    raise OSError(errors[0])
 
 
 def _execute(command: list[str]) -> tuple[int, str, str]:
