@@ -101,8 +101,10 @@ def first_with_masks(root: Path, split: VOCSplit, count: int) -> VOCSplit:
     indices: list[int] = []
     masks: list[Path] = []
     for index, name in enumerate(split.names):
+        if len(indices) == count:
+            break
         mask = first_file([root / folder / f"{name}.png" for folder in MASK_FOLDERS])
-        if mask is not None and len(indices) < count:
+        if mask is not None:
             indices.append(index)
             masks.append(mask)
     check_masks([split.images[index] for index in indices], masks, split.classes)
