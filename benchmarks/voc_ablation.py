@@ -94,7 +94,6 @@ def page(ablation: Ablation, data: Path, command: str, results: Results) -> str:
 {places(results)}
 
 {trained_on(data)} Each row is the preset `photographs` with one ingredient changed.
-The arguments of train_voc.py in the command above apply to all rows.
 
 {textwrap.fill(about, 120)}
 
