@@ -18,7 +18,7 @@ import train_voc
 import tyro
 from torch import Tensor
 from voc.arguments import run_settings
-from voc.checkpoints import best_checkpoint
+from voc.checkpoints import best_checkpoint, read_checkpoint
 from voc.dataset.layout import SPLIT_FOLDER, read_classes, read_split
 from voc.evaluation.metrics import mean_iou
 from voc.evaluation.tables import load_iou_csv, markdown, method_lines
@@ -206,7 +206,8 @@ def trained_methods(run: Path) -> list[Method]:
         path = run / f"{model}.pt"
         if path.is_file():
             if settings.checkpoint == "best":
-                path = best_checkpoint(path) or path
+                history = read_checkpoint(path)["progress"].get("history", ())
+                path = best_checkpoint(path, history) or path
             found.append(Method(name, settings.backbone, f"{run.name}_{model}", [str(path)]))
     if not found:
         raise ValueError(f"no network in {run}: looked for cam.pt and single_stage.pt")

@@ -81,13 +81,14 @@ def best_epoch(history: Sequence[Mapping[str, float]]) -> int | None:
     return None if best is None or losses[best] == math.inf else best
 
 
-def best_checkpoint(last: Path) -> Path | None:
+def best_checkpoint(last: Path, history: Sequence[Mapping[str, float]]) -> Path | None:
     """Return the checkpoint of the best epoch of a run, or None if no epoch has a held-out loss.
 
     Args:
-        last: the checkpoint of the last epoch.
+        last: the path of the run's last checkpoint.
+        history: the figures of every epoch of the run.
     """
-    best = best_epoch(read_checkpoint(last)["progress"].get("history", ()))
+    best = best_epoch(history)
     if best is None:
         return None
     # `_best` is of a later epoch if the run was resumed from an earlier one.

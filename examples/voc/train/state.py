@@ -104,7 +104,7 @@ class TrainingState:
         if self.settings.checkpoint != "best":
             return
         self.accelerator.wait_for_everyone()
-        best = best_checkpoint(self.settings.output / f"{self.settings.model}.pt")
+        best = best_checkpoint(self.settings.output / f"{self.settings.model}.pt", self.history)
         if best is not None:
             self.result.load_state_dict(read_checkpoint(best)["model"])
 
